@@ -1,0 +1,41 @@
+"""What Arm says: descriptors, registers, the translation table walk, permissions, faults, tables built and listed.
+
+Everything here is numpy and the standard library. `translate` answers for one address, `translate_many` for an
+array; both return faults as values.
+"""
+
+from pgtable.access import Access, AccessType
+from pgtable.at import ExternalAbort, at, at_walk
+from pgtable.descriptors import Format, Granule, Kind
+from pgtable.faults import Fault, FaultType
+from pgtable.features import CPUS, Features
+from pgtable.memory import Memory, NoMemory, PhysicalMemory
+from pgtable.params import Regime, WalkParams
+from pgtable.registers import Registers
+from pgtable.walk import Step, Translation, Update, Walk, translate
+
+__all__ = [
+    "CPUS",
+    "Access",
+    "AccessType",
+    "ExternalAbort",
+    "Fault",
+    "FaultType",
+    "Features",
+    "Format",
+    "Granule",
+    "Kind",
+    "Memory",
+    "NoMemory",
+    "PhysicalMemory",
+    "Regime",
+    "Registers",
+    "Step",
+    "Translation",
+    "Update",
+    "Walk",
+    "WalkParams",
+    "at",
+    "at_walk",
+    "translate",
+]

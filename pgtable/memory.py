@@ -1,0 +1,231 @@
+"""Physical memory: RAM regions that numpy, the walkers and Unicorn see at once.
+
+Rules of this file:
+- The truth is one page-aligned `mmap` buffer per region, seen as `uint64` words; nothing here keeps a second copy
+  except a `Mark`, which is one on purpose.
+- `fetch` and `words` are all that a walk needs (`Memory`); both raise `NoMemory`, which only a walk turns into an
+  external abort.
+- Words are little-endian, as the host's: a big-endian tree (SCTLR.EE = 1) is swapped by the walk, not here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from pgtable.bits import Flags, Words
+
+PAGE = 4096  # RAM regions start and end at multiples of this: the smallest page that Unicorn maps
+
+
+class NoMemory(LookupError):  # noqa: N818  what happened is the absence, an external abort to a walk
+    """There is no RAM at `pa`."""
+
+    def __init__(self, pa: int) -> None:
+        super().__init__(f"no memory at PA {pa:#x}")
+        self.pa = pa
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What a walk reads: physical memory by 8-byte words at 8-byte aligned addresses."""
+
+    def fetch(self, pa: int) -> int:
+        """The 64-bit word at `pa`; raises NoMemory."""
+        ...
+
+    def words(self, pa: int, n: int) -> Words:
+        """The `n` words from `pa` on, as uint64 of shape (n,); raises NoMemory."""
+        ...
+
+
+class Region(NamedTuple):
+    """One RAM region: PAs [base, base + size)."""
+
+    base: int
+    size: int
+    words: Words  # the region's bytes, uint64 of shape (size / 8,)
+    raw: memoryview  # the same bytes as unsigned 64-bit ints: reads give int, not a numpy scalar
+    buffer: mmap.mmap  # the same bytes as bytes
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The words of some PA ranges at one moment."""
+
+    ranges: tuple[tuple[int, int], ...]  # (pa, number of words)
+    copies: tuple[Words, ...]
+
+
+class WordChanges(NamedTuple):
+    """Words that differ from a mark, in address order; each array is uint64 of shape (n,)."""
+
+    pa: Words
+    old: Words
+    new: Words
+
+
+class PhysicalMemory:
+    """RAM at the given (base, size) pairs, zero-filled. Zero-copy shared with numpy and Unicorn.
+
+    Raises ValueError for a region that is not page-aligned, is empty, overlaps another or lies above 2^52.
+    """
+
+    def __init__(self, *regions: tuple[int, int]) -> None:
+        self.regions: tuple[Region, ...] = ()
+        for base, size in regions:
+            self.add(base, size)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, origin: int = 0) -> PhysicalMemory:
+        """A raw dump whose first byte is PA `origin`, memory-mapped: changes stay private to this process."""
+        size = os.path.getsize(path)
+        if not size or size % PAGE:
+            raise ValueError(f"{path}: {size} bytes is not a whole number of {PAGE}-byte pages")
+        memory = cls()
+        with open(path, "rb") as file:
+            memory._adopt(origin, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+        return memory
+
+    def add(self, base: int, size: int) -> None:
+        """Adds zero-filled RAM at PAs [base, base + size)."""
+        self._check(base, size)
+        self._adopt(base, mmap.mmap(-1, size))
+
+    def _check(self, base: int, size: int) -> None:
+        if base % PAGE or size % PAGE or size <= 0:
+            raise ValueError(f"RAM at {base:#x}, {size:#x} bytes: both must be multiples of {PAGE:#x}")
+        if base < 0 or base + size > 1 << 52:
+            raise ValueError(f"RAM at {base:#x}, {size:#x} bytes: physical addresses end at 2^52")
+        for region in self.regions:
+            if base < region.base + region.size and region.base < base + size:
+                raise ValueError(f"RAM at {base:#x}, {size:#x} bytes overlaps the region at {region.base:#x}")
+
+    def _adopt(self, base: int, buffer: mmap.mmap) -> None:
+        self._check(base, len(buffer))
+        region = Region(base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer)
+        self.regions = tuple(sorted((*self.regions, region), key=lambda r: r.base))
+        self._bases = [r.base for r in self.regions]
+
+    def region_of(self, pa: int) -> Region:
+        """The region that holds `pa`; raises NoMemory."""
+        i = bisect_right(self._bases, pa) - 1 if self.regions else -1
+        if i < 0 or pa >= self.regions[i].base + self.regions[i].size:
+            raise NoMemory(pa)
+        return self.regions[i]
+
+    def __contains__(self, pa: int) -> bool:
+        try:
+            self.region_of(pa)
+        except NoMemory:
+            return False
+        return True
+
+    def fetch(self, pa: int) -> int:
+        """The 64-bit word at `pa`; raises NoMemory, or ValueError for an unaligned `pa`."""
+        for base, size, _, raw, _ in self.regions:
+            if base <= pa < base + size:
+                if pa & 7:
+                    raise ValueError(f"PA {pa:#x} is not 8-byte aligned")
+                word: int = raw[(pa - base) >> 3]
+                return word
+        raise NoMemory(pa)
+
+    def store(self, pa: int, word: int) -> None:
+        """Writes the 64-bit word at `pa`; raises NoMemory, or ValueError for an unaligned `pa`."""
+        region = self.region_of(pa)
+        if pa & 7:
+            raise ValueError(f"PA {pa:#x} is not 8-byte aligned")
+        region.raw[(pa - region.base) >> 3] = word
+
+    def words(self, pa: int, n: int) -> Words:
+        """The `n` words from `pa` on as a view: writes to it are writes to memory. Raises NoMemory."""
+        region = self.region_of(pa)
+        if pa & 7:
+            raise ValueError(f"PA {pa:#x} is not 8-byte aligned")
+        start = (pa - region.base) >> 3
+        if start + n > len(region.words):
+            raise NoMemory(region.base + region.size)
+        return region.words[start : start + n]
+
+    def tables(self, pas: Words, n: int) -> tuple[Words, Flags]:
+        """Tables of `n` words at each of `pas` (8-byte aligned): uint64 of shape (len(pas), n), and bool of shape
+        (len(pas),), False (and a row of zeros) where there is no RAM."""
+        out = np.zeros((len(pas), n), np.uint64)
+        there = np.zeros(len(pas), np.bool_)
+        index = np.arange(n)
+        for base, size, words, _, _ in self.regions:
+            inside = (
+                (pas >= np.uint64(base)) & (pas < np.uint64(base + size)) & (pas <= np.uint64(base + size - 8 * n))
+            )
+            if inside.any():
+                start = ((pas[inside] - np.uint64(base)) >> np.uint64(3)).astype(np.int64)
+                out[inside] = words[start[:, None] + index]
+                there |= inside
+        return out, there
+
+    def gather(self, pas: Words) -> tuple[Words, Flags]:
+        """The word at each of `pas` (8-byte aligned) and whether there is RAM, in the shape of `pas`."""
+        out = np.zeros(pas.shape, np.uint64)
+        there = np.zeros(pas.shape, np.bool_)
+        for base, size, words, _, _ in self.regions:
+            offset = pas - np.uint64(base)  # wraps far above `size` below the base
+            inside = offset < np.uint64(size)
+            out[inside] = words[(offset[inside] >> np.uint64(3)).astype(np.int64)]
+            there |= inside
+        return out, there
+
+    def read(self, pa: int, n: int) -> bytes:
+        """`n` bytes from `pa` on, across adjacent regions; raises NoMemory at the first missing byte."""
+        return b"".join(bytes(part) for part in self._parts(pa, n))
+
+    def write(self, pa: int, data: bytes | memoryview) -> None:
+        """Writes bytes from `pa` on; raises NoMemory, with nothing written, if a part has no RAM."""
+        done = 0
+        for part in list(self._parts(pa, len(data))):
+            part[:] = data[done : done + len(part)]
+            done += len(part)
+
+    def _parts(self, pa: int, n: int) -> Iterator[memoryview]:
+        while n > 0:
+            region = self.region_of(pa)
+            start = pa - region.base
+            size = min(n, region.size - start)
+            yield memoryview(region.buffer)[start : start + size]
+            pa, n = pa + size, n - size
+
+    def mark(self, ranges: Sequence[tuple[int, int]] | None = None) -> Mark:
+        """Copies the words of PA ranges (pa, bytes), by default all RAM, for `changes`."""
+        spans = [(r.base, r.size) for r in self.regions] if ranges is None else ranges
+        words = tuple((pa, size // 8) for pa, size in spans)
+        return Mark(words, tuple(self.words(pa, n).copy() for pa, n in words))
+
+    def changes(self, since: Mark) -> WordChanges:
+        """The words of a mark's ranges that are different now, in address order."""
+        pas, olds, news = [], [], []
+        for (pa, n), copy in zip(since.ranges, since.copies, strict=True):
+            now = self.words(pa, n)
+            where = np.flatnonzero(now != copy)
+            pas.append(where.astype(np.uint64) * np.uint64(8) + np.uint64(pa))
+            olds.append(copy[where])
+            news.append(now[where])
+        return WordChanges(*(_joined(part) for part in (pas, olds, news)))
+
+    def restore(self, mark: Mark) -> None:
+        """Puts a mark's words back."""
+        for (pa, n), copy in zip(mark.ranges, mark.copies, strict=True):
+            self.words(pa, n)[:] = copy
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"({r.base:#x}, {r.size:#x})" for r in self.regions)
+        return f"PhysicalMemory({parts})"
+
+
+def _joined(parts: list[Words]) -> Words:
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)

@@ -1,0 +1,377 @@
+"""The registers of a translation regime, read once into a frozen `WalkParams`.
+
+Sources: pseudocode AArch64.GetS1TTWParams and its per-regime forms, S1MinTxSZ, S1StartLevel, S1TTBaseAddress,
+PhysicalAddressSize. What the architecture leaves to the implementation is a field of `Features`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any, cast
+
+from pgtable.bits import Layout, View, W
+from pgtable.descriptors import AP_READ_ONLY, CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
+from pgtable.features import Features
+from pgtable.permissions import Rules, RuleTable, direct_index, direct_rules, indirect_rules, overlay_rules
+from pgtable.registers import (
+    HCR_EL2,
+    MAIR,
+    PA_BITS,
+    SCR_EL3,
+    SCTLR_EL1,
+    TCR2,
+    TCR_EL1,
+    TCR_EL2,
+    TCR_EL3,
+    TTBR,
+    TTBR_52,
+    Registers,
+)
+
+
+class Regime(Enum):
+    """A translation regime; the value is its name on the command line."""
+
+    EL10 = "EL10"
+    EL20 = "EL20"
+    EL2 = "EL2"
+    EL3 = "EL3"
+
+    @property
+    def has_el0(self) -> bool:
+        """Has an unprivileged level, hence two VA ranges (pseudocode HasUnprivileged)."""
+        return self in (Regime.EL10, Regime.EL20)
+
+    @property
+    def el(self) -> int:
+        """The exception level whose registers control it."""
+        return {"EL10": 1, "EL20": 2, "EL2": 2, "EL3": 3}[self.value]
+
+
+@dataclass(frozen=True)
+class WalkParams:
+    """Everything that one half of a regime's VA space takes from the registers.
+
+    `fmt` says which descriptor rows apply; `rules` and `overlays` are the permission tables.
+    """
+
+    regime: Regime
+    upper: bool
+    features: Features
+    fmt: Format
+    txsz: int
+    txsz_ok: bool
+    ps_bits: int  # output address size in bits
+    wide_ttbr: bool  # TTBR holds a 52-bit address
+    ttbr: int
+    mmu_on: bool
+    tbi: bool
+    tbid: bool
+    epd: bool
+    e0pd: bool
+    table_permissions: bool  # APTable, UXNTable, PXNTable count (HPD = 0, no PIE)
+    ha: bool
+    hd: bool
+    haft: bool
+    pie: bool
+    big_endian: bool  # table walks (SCTLR.EE)
+    cmow: bool
+    pan: bool
+    uao: bool
+    el0_is_host: bool  # HCR_EL2.{E2H, TGE} = {1, 1}
+    data_cacheable: bool  # SCTLR.C
+    fetch_cacheable: bool  # SCTLR.I
+    default_cacheable: bool  # HCR_EL2.DC
+    secure: bool
+    sh: int  # TCR.SHn: what a leaf has when DS = 1
+    mair: tuple[int, ...]
+    rules: Rules
+    overlays: RuleTable | None
+
+    @classmethod
+    def of(cls, regs: Registers, regime: Regime, va: int) -> WalkParams:
+        """The parameters for the half of `regime` that `va` is in (bit 55); kept with `regs`."""
+        upper = bool(va >> 55 & 1) and regime.has_el0
+        params = regs._params.get((regime, upper))
+        if params is None:
+            params = regs._params[regime, upper] = _read(regs, regime, upper)
+        return params
+
+    @cached_property
+    def ia_bits(self) -> int:
+        """Bits of the VA that are translated: 64 - TxSZ."""
+        return 64 - self.txsz
+
+    @cached_property
+    def start_level(self) -> int:
+        """The level of the root table (pseudocode S1StartLevel)."""
+        granule = self.fmt.granule
+        return LAST_LEVEL - (self.ia_bits - 1 - granule.page_shift) // granule.stride
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, int, int], ...]:
+        """(level, shift, index mask) from the root down; the root's mask covers the VA bits that are left."""
+        granule = self.fmt.granule
+        rows = []
+        for level in range(self.start_level, LAST_LEVEL + 1):
+            shift = granule.level_shift(level)
+            width = self.ia_bits - shift if level == self.start_level else granule.stride
+            rows.append((level, shift, (1 << width) - 1))
+        return tuple(rows)
+
+    @cached_property
+    def root_entries(self) -> int:
+        """Descriptors in the root table."""
+        return self.levels[0][2] + 1
+
+    @cached_property
+    def base(self) -> int:
+        """The root table's PA (pseudocode S1TTBaseAddress): BADDR aligned down to the table's size."""
+        size = 8 * self.root_entries
+        if self.wide_ttbr:
+            size = max(size, 64)
+        return (TTBR_52 if self.wide_ttbr else TTBR)["BADDR"].get(self.ttbr) & -size
+
+    @cached_property
+    def over(self) -> int:
+        """The address bits that an output address must not have."""
+        return (1 << 64) - (1 << self.ps_bits)
+
+    @cached_property
+    def page(self) -> Layout:
+        """The layout of a page: every leaf's attribute and permission fields are where a page has them."""
+        return self.fmt.leaf(LAST_LEVEL)
+
+    @cached_property
+    def kinds(self) -> dict[int, tuple[Kind, ...]]:
+        """What a descriptor is, by level and bits [1:0]."""
+        return {level: tuple(self.fmt.kind(low, level) for low in range(4)) for level in range(-1, LAST_LEVEL + 1)}
+
+    @cached_property
+    def data_range_mask(self) -> int:
+        """VA bits that must all be 0 (lower range) or 1 (upper range) for data (pseudocode VAIsOutOfRange)."""
+        top = 55 if self.tbi else 63
+        return (1 << top + 1) - (1 << min(self.ia_bits, top + 1))
+
+    @cached_property
+    def fetch_range_mask(self) -> int:
+        """The same for instruction fetches: TBID gives them back the top byte."""
+        return (1 << 64) - (1 << self.ia_bits) if self.tbid else self.data_range_mask
+
+    @cached_property
+    def inherited_mask(self) -> int:
+        """The table attributes that limit permissions below."""
+        table = self.fmt.table(LAST_LEVEL - 1)
+        names = ("APTable", "UXNTable", "PXNTable") if self.fmt.el0 else ("APTable", "XNTable")
+        return table.mask(*names) if self.table_permissions else 0
+
+    def table_address(self, word: W) -> W:
+        """The next-level table's PA in a table descriptor (pseudocode NextTableBase)."""
+        return self.fmt.table(LAST_LEVEL - 1)["TA"].get(word)
+
+    def output_address(self, level: int, word: W) -> W:
+        """The output address of a leaf at `level` (pseudocode LeafBase)."""
+        return self.fmt.leaf(level)["OA"].get(word)
+
+    def offset_mask(self, level: int, word: int) -> int:
+        """The PA bits that come from the VA: the entry's size, or the whole contiguous run's (pseudocode StageOA)."""
+        size = self.fmt.granule.level_size(level)
+        run = self.features.contiguous_output and word & self.contiguous
+        return size * (self.run_length(level) if run else 1) - 1
+
+    def run_length(self, level: int) -> int:
+        """Entries in a contiguous run at `level`; 1 where there is none."""
+        return CONTIGUOUS_RUN[self.fmt.granule].get(level, 1)
+
+    def run_too_large(self, level: int) -> bool:
+        """A contiguous run at `level` is larger than the input range (pseudocode ContiguousBitFaults)."""
+        return self.fmt.granule.level_size(level) * self.run_length(level) > 1 << self.ia_bits
+
+    def direct_index(self, word: W, inherited: W) -> W:
+        """The row of the direct permission table for a leaf under table attributes `inherited`."""
+        page, table = self.page, self.fmt.table(LAST_LEVEL - 1)
+        uxn, pxn = page["UXN" if self.fmt.el0 else "XN"], page["PXN"]
+        ap: Any = page["AP"].get(word)
+        limit = table["APTable"].get(inherited)
+        xn_limit = table["UXNTable" if self.fmt.el0 else "XNTable"].get(inherited)
+        px_limit: Any = table["PXNTable"].get(inherited) if self.fmt.el0 else 0
+        if self.hd:  # hardware makes a clean page with DBM writable: AP[2] is taken as 0
+            ap = ap & (3 ^ page["DBM"].get(word) << 1)
+        return cast(W, direct_index(ap, limit, uxn.get(word) | xn_limit, pxn.get(word) | px_limit))
+
+    @property
+    def half_base(self) -> int:
+        """The lowest VA of this half."""
+        return (1 << 64) - (1 << self.ia_bits) if self.upper else 0
+
+    @cached_property
+    def af(self) -> int:
+        """The leaf's AF bit."""
+        return self.page["AF"].mask
+
+    @cached_property
+    def ng(self) -> int:
+        """The leaf's nG bit."""
+        return self.page["nG"].mask
+
+    @cached_property
+    def ns(self) -> int:
+        """The leaf's NS bit."""
+        return self.page["NS"].mask
+
+    @cached_property
+    def contiguous(self) -> int:
+        """The leaf's Contiguous bit."""
+        return self.page["Contiguous"].mask
+
+    @cached_property
+    def nt(self) -> int:
+        """The nT bit of a block."""
+        return self.fmt.leaf(LAST_LEVEL - 1)["nT"].mask
+
+    @cached_property
+    def not_dirty(self) -> int:
+        """AP[2], which hardware clears for a dirty page; nDirty with PIE. The same bit."""
+        return self.page["nDirty"].mask if self.pie else self.page["AP"].put(0, AP_READ_ONLY)
+
+    @cached_property
+    def dbm(self) -> int:
+        """The leaf's DBM bit; with PIE it is part of PIIndex and every page counts as having it."""
+        return 0 if self.pie else self.page["DBM"].mask
+
+    @cached_property
+    def table_af(self) -> int:
+        """A table's AF bit (FEAT_HAFT)."""
+        return self.fmt.table(LAST_LEVEL - 1)["AF"].mask
+
+    @cached_property
+    def ns_table(self) -> int:
+        """A table's NSTable bit."""
+        return self.fmt.table(LAST_LEVEL - 1)["NSTable"].mask
+
+    @cached_property
+    def asid(self) -> int:
+        """TTBR.ASID of this half's own TTBR."""
+        return TTBR["ASID"].get(self.ttbr)
+
+
+_TCR: dict[Regime, tuple[str, Layout]] = {
+    Regime.EL10: ("TCR_EL1", TCR_EL1),
+    Regime.EL20: ("TCR_EL2", TCR_EL1),
+    Regime.EL2: ("TCR_EL2", TCR_EL2),
+    Regime.EL3: ("TCR_EL3", TCR_EL3),
+}
+
+# TGn decoded, for the lower and the upper range.
+_TG: tuple[dict[int, Granule], dict[int, Granule]] = (
+    {0: Granule.K4, 1: Granule.K64, 2: Granule.K16},
+    {1: Granule.K16, 2: Granule.K4, 3: Granule.K64},
+)
+
+
+def _granule(field: int, upper: bool, features: Features) -> Granule:
+    """TG0 or TG1 decoded; a reserved or missing granule acts as the smallest implemented one (IMPDEF choice)."""
+    granule = _TG[upper].get(field)
+    if granule is not None and granule.label in features.granules:
+        return granule
+    return min((g for g in Granule if g.label in features.granules), key=lambda g: g.page_shift)
+
+
+def _txsz(txsz: int, granule: Granule, ds: bool, f: Features) -> tuple[int, bool]:
+    """TxSZ, clamped into its limits, and whether it was in them (pseudocode S1MinTxSZ, S1MaxTxSZ, S1TxSZFaults)."""
+    least = 12 if ds or (f.lva and granule is Granule.K64) else 16
+    most = (47 if granule is Granule.K64 else 48) if f.ttst else 39
+    return min(max(txsz, least), most), least <= txsz <= most or not f.txsz_faults
+
+
+def _ps_bits(field: int, granule: Granule, f: Features) -> int:
+    """Output address size in bits (pseudocode PhysicalAddressSize)."""
+    limit = f.pa_bits if granule is Granule.K64 or f.lpa2 else min(48, f.pa_bits)
+    return min(PA_BITS[field], limit)
+
+
+def _second(regs: Registers, regime: Regime) -> View:
+    """TCR2's fields for the regime: zero where it is not there or switched off (pseudocode IsTCR2EL1Enabled)."""
+    if regime is Regime.EL3:
+        return TCR_EL3.view(regs.TCR_EL3)
+    on = regs.features.tcr2 and SCR_EL3["TCR2En"].get(regs.SCR_EL3)
+    return TCR2.view(regs[f"TCR2_EL{regime.el}"] if on else 0)
+
+
+def _overlays(regs: Registers, regime: Regime, second: View) -> RuleTable | None:
+    """The overlay table when an overlay is on at either level (pseudocode S1POEnabled, S1E0POEnabled)."""
+    privileged = bool(second.POE)
+    unprivileged = regime.has_el0 and bool(second.E0POE)
+    if not regs.features.poe or not (privileged or unprivileged):
+        return None
+    por = regs[f"POR_EL{regime.el}"]
+    return overlay_rules(por if privileged else None, regs.POR_EL0 if unprivileged else None)
+
+
+def _rules(regs: Registers, regime: Regime, pie: bool, wxn: bool, epan: bool) -> Rules:
+    if not pie:
+        return direct_rules(regime.has_el0, wxn, epan)
+    pire0 = regs[f"PIRE0_EL{regime.el}"] if regime.has_el0 else None
+    return indirect_rules(regs[f"PIR_EL{regime.el}"], pire0)
+
+
+def _mair(regs: Registers, el: int, aie: bool) -> tuple[int, ...]:
+    """The attribute bytes by AttrIndx: eight, or sixteen with MAIR2."""
+    low = tuple(f.get(regs[f"MAIR_EL{el}"]) for f in reversed(MAIR.fields))
+    return low + tuple(f.get(regs[f"MAIR2_EL{el}"]) for f in reversed(MAIR.fields)) if aie else low
+
+
+def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
+    f = regs.features
+    el, has_el0 = regime.el, regime.has_el0
+    name, layout = _TCR[regime]
+    tcr, sctlr, hcr = layout.view(regs[name]), SCTLR_EL1.view(regs[f"SCTLR_EL{el}"]), HCR_EL2.view(regs.HCR_EL2)
+    second = _second(regs, regime)
+
+    def half(field: str) -> int:
+        """A field that a regime with two VA ranges has once for each, and another regime once."""
+        return int(getattr(tcr, f"{field}{int(upper)}" if has_el0 else field))
+
+    granule = _granule(int(tcr.TG1 if upper else tcr.TG0), upper, f)
+    ds = bool(f.lpa2 and granule is not Granule.K64 and tcr.DS)
+    pie, aie = bool(f.pie and second.PIE), bool(f.aie and second.AIE)
+    overlays = _overlays(regs, regime, second)
+    epan = bool(f.pan >= 3 and has_el0 and sctlr.EPAN)
+    txsz, txsz_ok = _txsz(int(tcr.T1SZ if upper else tcr.T0SZ), granule, ds, f)
+    ps = int(tcr.IPS if has_el0 else tcr.PS)
+    return WalkParams(
+        regime=regime,
+        upper=upper,
+        features=f,
+        fmt=Format(granule, ds, has_el0, pie, poe=overlays is not None, aie=aie, lpa=f.pa_bits == 52),
+        txsz=txsz,
+        txsz_ok=txsz_ok,
+        ps_bits=_ps_bits(ps, granule, f),
+        wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[ps] == 52),
+        ttbr=regs[f"TTBR{int(upper)}_EL{el}"],
+        mmu_on=bool(sctlr.M) and not (regime is Regime.EL10 and (hcr.DC or hcr.TGE)),
+        tbi=bool(half("TBI")),
+        tbid=bool(f.pauth and half("TBID")),
+        epd=bool(has_el0 and half("EPD")),
+        e0pd=bool(f.e0pd and has_el0 and half("E0PD")),
+        table_permissions=not ((f.hpds and half("HPD")) or pie or aie or overlays),
+        ha=bool(f.hafdbs and tcr.HA),
+        hd=bool(f.hafdbs >= 2 and tcr.HA and tcr.HD),
+        haft=bool(f.haft and tcr.HA and second.HAFT),
+        pie=pie,
+        big_endian=bool(sctlr.EE),
+        cmow=bool(has_el0 and sctlr.CMOW),
+        pan=bool(f.pan and has_el0 and regs.PAN),
+        uao=bool(f.uao and regs.UAO),
+        el0_is_host=bool(hcr.E2H and hcr.TGE),
+        data_cacheable=bool(sctlr.C),
+        fetch_cacheable=bool(sctlr.I),
+        default_cacheable=bool(regime is Regime.EL10 and hcr.DC),
+        secure=not SCR_EL3["NS"].get(regs.SCR_EL3),
+        sh=int(tcr.SH1 if upper else tcr.SH0),
+        mair=_mair(regs, el, aie),
+        rules=_rules(regs, regime, pie, bool(sctlr.WXN), epan),
+        overlays=overlays,
+    )

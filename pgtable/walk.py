@@ -1,0 +1,389 @@
+"""The stage 1 translation table walk for one address: registers snapshot, state to next state, evidence kept.
+
+Rules of this file:
+- The only effects are `fetch(pa) -> int` and, where hardware updates are asked for, `swap(pa, old, new) -> bool`.
+- The order of checks is the pseudocode's (S1Translate, S1Walk, S1CheckPermissions) and stands in `_translate`.
+- A fault is returned, never raised. Every descriptor read is kept as a raw step and decoded when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+from pgtable.access import Access, AccessType
+from pgtable.attributes import (
+    FORCED_OUTER,
+    NON_SHAREABLE,
+    NORMAL_NC,
+    NORMAL_WB,
+    NORMAL_WT,
+    OUTER_SHAREABLE,
+    DEVICE_nGnRnE,
+    is_device,
+)
+from pgtable.descriptors import LAST_LEVEL, Kind
+from pgtable.faults import Fault, FaultType
+from pgtable.memory import Memory, NoMemory
+from pgtable.params import Regime, WalkParams
+from pgtable.permissions import ALL, PR, PW, TO_UNPRIVILEGED, with_overlay
+from pgtable.registers import HCR_EL2, Registers
+
+Fetch = Callable[[int], int]
+Swap = Callable[[int, int, int], bool]
+
+
+class Step(NamedTuple):
+    """One descriptor that the walk read: at `pa`, number `entry` of its table, found to be `kind`."""
+
+    level: int
+    pa: int
+    word: int
+    entry: int
+    kind: Kind
+
+
+class Update(NamedTuple):
+    """A change that hardware makes to the descriptor at `pa` (FEAT_HAFDBS)."""
+
+    pa: int
+    old: int
+    new: int
+
+
+class Translation(NamedTuple):
+    """Where an access goes. `word` and `level`: the leaf; level is None with the MMU off.
+
+    `attr`: memory attributes as a MAIR byte. `sh`: effective shareability. `perms`: permission bits of every level
+    (permissions.py), before PAN. `ns`: the output address is Non-secure.
+    """
+
+    pa: int
+    level: int | None
+    word: int
+    attr: int
+    sh: int
+    perms: int
+    nG: bool
+    ns: bool
+
+
+RawStep = tuple[int, int, int]  # level, pa, word
+
+
+class Walk:
+    """One translation with its evidence: `result`, `steps`, `updates`. `print(walk)` shows every step."""
+
+    __slots__ = ("__dict__", "access", "params", "raw", "result", "updates", "va")
+
+    def __init__(
+        self,
+        va: int,
+        access: Access,
+        params: WalkParams,
+        raw: list[RawStep],
+        result: Translation | Fault,
+        updates: tuple[Update, ...] = (),
+    ) -> None:
+        self.va = va
+        self.access = access
+        self.params = params
+        self.raw = raw
+        self.result = result
+        self.updates = updates
+
+    @property
+    def ok(self) -> bool:
+        """The access translates."""
+        return isinstance(self.result, Translation)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault, None where the access translates."""
+        return self.result if isinstance(self.result, Fault) else None
+
+    @property
+    def pa(self) -> int:
+        """The PA; raises ValueError on a fault."""
+        if isinstance(self.result, Fault):
+            raise ValueError(f"VA {self.va:#x}: {self.result}")
+        return self.result.pa
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The descriptors read, in order."""
+        fmt = self.params.fmt
+        masks = {level: (shift, mask) for level, shift, mask in self.params.levels}
+        return tuple(
+            Step(level, pa, word, self.va >> masks[level][0] & masks[level][1], fmt.kind(word, level))
+            for level, pa, word in self.raw
+        )
+
+    def __str__(self) -> str:
+        from pgtable.explain import walk_text
+
+        return walk_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Walk {self.va:#x} {self.access}: {self.result}>"
+
+
+def translate(
+    memory: Memory,
+    regs: Registers,
+    va: int,
+    access: Access | None = None,
+    *,
+    regime: Regime | None = None,
+    swap: Swap | None = None,
+) -> Walk:
+    """What `access` (default: an EL1 read) to `va` does: a Walk, whose result is a Translation or a Fault.
+
+    `swap(pa, old, new)` makes hardware updates (access flag, dirty state) and says whether the word was still `old`;
+    without it they are only listed in `updates`. Source: pseudocode AArch64.S1Translate.
+    """
+    access = access or _READ
+    if not 0 <= va < 1 << 64:
+        raise ValueError(f"VA {va:#x}: must be 64 bits")
+    regime = regime or regime_of(regs, access.el)
+    return walk(memory.fetch, WalkParams.of(regs, regime, va), va, access, swap)
+
+
+_READ = Access()
+
+
+def regime_of(regs: Registers, el: int) -> Regime:
+    """The regime that an access at exception level `el` uses (pseudocode TranslationRegime)."""
+    if el == 3:
+        return Regime.EL3
+    host = HCR_EL2["E2H"].get(regs.HCR_EL2)
+    if el == 2:
+        return Regime.EL20 if host else Regime.EL2
+    return Regime.EL20 if el == 0 and host and HCR_EL2["TGE"].get(regs.HCR_EL2) else Regime.EL10
+
+
+def branch_target(regs: Registers, va: int, el: int) -> int:
+    """The PC after a branch to `va` at exception level `el`: a tag that TBI ignores is replaced by copies of bit 55.
+
+    Source: pseudocode AArch64.BranchAddr. Fetch faults report this address in FAR_ELx.
+    """
+    p = WalkParams.of(regs, regime_of(regs, el), va)
+    if not p.tbi or p.tbid:
+        return va
+    low = va & TAG_BYTE - 1
+    return low | (_U64 ^ TAG_BYTE - 1) if p.regime.has_el0 and low >> 55 else low
+
+
+TAG_BYTE = 1 << 56  # the lowest bit of the tag that TBI ignores
+_U64 = (1 << 64) - 1
+
+
+def walk(fetch: Fetch, p: WalkParams, va: int, access: Access, swap: Swap | None = None) -> Walk:
+    """The walk proper, for parameters already read. See `translate`."""
+    while True:
+        raw: list[RawStep] = []
+        updates: list[Update] = []
+        result = _translate(fetch, p, va, access, raw, updates)
+        if swap is None or all(swap(*update) for update in updates):
+            return Walk(va, access, p, raw, result, tuple(updates))
+        # Another observer changed a descriptor between read and write: hardware reads it again.
+
+
+def _translate(
+    fetch: Fetch, p: WalkParams, va: int, access: Access, raw: list[RawStep], updates: list[Update]
+) -> Translation | Fault:
+    if not p.mmu_on:
+        return _mmu_off(p, va, access)
+    unprivileged = _as_el0(p, access)
+    fault = _before_the_walk(p, va, access, unprivileged)
+    if fault:
+        return fault
+    leaf = _descend(fetch, p, va, raw, updates)
+    if isinstance(leaf, Fault):
+        return leaf
+    level, pa, word, inherited = leaf
+    fault = _leaf_fault(p, level, word, access)
+    if fault:
+        return fault
+    attr = p.mair[_attr_index(p, word)]
+    if not access.aligned and access.type is not AccessType.FETCH and is_device(attr):
+        return Fault(FaultType.ALIGNMENT, level)
+    base, overlay, pan = leaf_permissions(p, word, inherited)
+    fault = _permission_fault(p, level, word, access, unprivileged, base, overlay, pan)
+    if fault:
+        return fault
+    new = _updated(p, word, access)
+    if new != word:
+        updates.append(Update(pa, word, new))
+    return _output(p, va, access, level, word, attr, base & overlay, raw)
+
+
+def _as_el0(p: WalkParams, access: Access) -> bool:
+    """The access is checked as EL0's (pseudocode IsUnprivAccessPriv)."""
+    if access.el == 0 or not access.unprivileged:
+        return access.el == 0
+    uao = p.uao if access.uao is None else access.uao
+    return not uao and (access.el == 1 or (access.el == 2 and p.el0_is_host))
+
+
+def _before_the_walk(p: WalkParams, va: int, access: Access, unprivileged: bool) -> Fault | None:
+    """Checks that read no descriptor; all report level 0 (pseudocode S1Translate)."""
+    if not p.txsz_ok:
+        return Fault(FaultType.TRANSLATION, 0, cause="TxSZ")
+    mask = p.fetch_range_mask if access.type is AccessType.FETCH else p.data_range_mask
+    if va & mask != (mask if p.upper else 0):
+        return Fault(FaultType.TRANSLATION, 0, cause="range")
+    if unprivileged and p.e0pd:
+        return Fault(FaultType.TRANSLATION, 0, cause="E0PD")
+    if p.epd:
+        return Fault(FaultType.TRANSLATION, 0, cause="EPD")
+    return None
+
+
+def _descend(
+    fetch: Fetch, p: WalkParams, va: int, raw: list[RawStep], updates: list[Update]
+) -> tuple[int, int, int, int] | Fault:
+    """From the root to the leaf: (level, descriptor PA, leaf, table attributes), or what stopped it."""
+    table, inherited = p.base, 0
+    above = 0  # the level whose output address `table` is: 0 for TTBR
+    for level, shift, mask in p.levels:
+        pa = table | (va >> shift & mask) << 3
+        if pa & p.over:
+            return Fault(FaultType.ADDRESS_SIZE, above, cause="table" if raw else "TTBR")
+        try:
+            word = fetch(pa)
+        except NoMemory:
+            return Fault(FaultType.EXTERNAL_ON_WALK, level)
+        if p.big_endian:
+            word = int.from_bytes(word.to_bytes(8, "big"), "little")
+        raw.append((level, pa, word))
+        kind = p.kinds[level][word & 3]
+        if kind is Kind.INVALID:
+            return Fault(FaultType.TRANSLATION, level, cause="descriptor")
+        if kind is not Kind.TABLE:
+            return level, pa, word, inherited & p.inherited_mask
+        if p.haft and not word & p.table_af:
+            updates.append(Update(pa, word, word | p.table_af))
+        inherited |= word
+        table, above = p.table_address(word), level
+    raise AssertionError("level 3 has no tables")
+
+
+def _leaf_fault(p: WalkParams, level: int, word: int, access: Access) -> Fault | None:
+    """Contiguous, nT, address size, access flag: in this order (pseudocode S1Walk)."""
+    if p.features.contiguous_faults and word & p.contiguous and p.run_too_large(level):
+        return Fault(FaultType.TRANSLATION, level, cause="Contiguous")
+    if p.features.nt_faults and level < LAST_LEVEL and p.features.bbm and word & p.nt:
+        return Fault(FaultType.TRANSLATION, level, cause="nT")
+    if p.output_address(level, word) & p.over:
+        return Fault(FaultType.ADDRESS_SIZE, level, cause="OA")
+    if not word & p.af and not p.ha:
+        return Fault(FaultType.ACCESS_FLAG, level, cause="AF")
+    return None
+
+
+def _attr_index(p: WalkParams, word: int) -> int:
+    leaf = p.page
+    index = leaf["AttrIndx"].get(word)
+    return index | leaf["AttrIndx3"].get(word) << 3 if p.fmt.aie else index
+
+
+def leaf_permissions(p: WalkParams, word: int, inherited: int) -> tuple[int, int, int]:
+    """Base and overlay permission bits of a leaf under table attributes `inherited`, and whether PAN refuses it."""
+    rules, leaf = p.rules, p.page
+    if p.pie:
+        index = leaf["PIIndex"].get(word)
+    else:
+        index = p.direct_index(word, inherited)
+    pan = rules.pan.at(index)
+    if p.overlays is None:
+        return rules.final.at(index), _EVERYTHING, pan
+    overlay = p.overlays.at(leaf["POIndex"].get(word))
+    base, overlay = with_overlay(rules.base.at(index), rules.wxn.at(index), rules.overlayable.at(index), overlay)
+    return base, overlay, pan
+
+
+_EVERYTHING = -1
+
+
+def _permission_fault(
+    p: WalkParams,
+    level: int,
+    word: int,
+    access: Access,
+    unprivileged: bool,
+    base: int,
+    overlay: int,
+    pan: int,
+) -> Fault | None:
+    """The first test that refuses the access (pseudocode S1CheckPermissions); overlays are tested before the base."""
+    need = access.needs(p.cmow, unprivileged)
+    if not need:
+        return None
+    if pan and access.pan_sensitive and not unprivileged and (p.pan if access.pan is None else access.pan):
+        base &= ~(PR | PW)
+    shift = TO_UNPRIVILEGED if unprivileged else 0
+    for by_overlay, granted in ((True, overlay), (False, base)):
+        missing = need & ~(granted >> shift)
+        if missing:
+            write = bool(need & PW) and not missing & PR
+            return Fault(FaultType.PERMISSION, level, write=write, overlay=by_overlay, cause="permission")
+    if p.pie and need & PW and not p.hd and word & p.not_dirty:
+        return Fault(FaultType.PERMISSION, level, write=True, dirty_bit=True, cause="dirty")
+    return None
+
+
+def _updated(p: WalkParams, word: int, access: Access) -> int:
+    """The leaf after hardware's update for an access that is allowed (pseudocode S1Translate, AccessFlag, Dirty)."""
+    if not p.ha or (access.is_at and not p.features.at_updates):
+        return word
+    new = word | p.af
+    if p.hd and access.writes and not access.is_at and (p.pie or word & p.dbm):
+        new &= ~p.not_dirty
+    return new
+
+
+def _output(
+    p: WalkParams, va: int, access: Access, level: int, word: int, attr: int, perms: int, raw: list[RawStep]
+) -> Translation:
+    attr = _effective_attr(p, access, attr)
+    sh = OUTER_SHAREABLE if FORCED_OUTER[attr] else p.sh if p.fmt.lpa2 else p.page["SH"].get(word)
+    pa = p.output_address(level, word)
+    offset = p.offset_mask(level, word)
+    secure = p.secure and not any(w & p.ns_table for _, _, w in raw[:-1])
+    return Translation(
+        pa=pa & ~offset | va & offset,
+        level=level,
+        word=word,
+        attr=attr,
+        sh=sh,
+        perms=perms,
+        nG=bool(p.regime.has_el0 and (word & p.ng or (p.secure and not secure))),
+        ns=not secure or bool(word & p.ns),
+    )
+
+
+def _effective_attr(p: WalkParams, access: Access, attr: int) -> int:
+    """Caches switched off make Normal memory non-cacheable; fetches see no Device type (end of S1Translate)."""
+    if access.type is AccessType.FETCH:
+        return NORMAL_NC if not p.fetch_cacheable or is_device(attr) else attr
+    return NORMAL_NC if not p.data_cacheable and not is_device(attr) else attr
+
+
+def _mmu_off(p: WalkParams, va: int, access: Access) -> Translation | Fault:
+    """Stage 1 off: the VA is the PA (pseudocode AArch64.S1DisabledOutput)."""
+    fetch = access.type is AccessType.FETCH
+    top = 55 if p.tbi and not (p.tbid and fetch) else 63
+    if va & ((1 << top + 1) - (1 << p.features.pa_bits)):
+        return Fault(FaultType.ADDRESS_SIZE, 0, cause="VA")
+    if p.default_cacheable:
+        attr, sh = NORMAL_WB, NON_SHAREABLE
+    elif fetch:
+        attr, sh = NORMAL_WT if p.fetch_cacheable else NORMAL_NC, OUTER_SHAREABLE
+    else:
+        attr, sh = DEVICE_nGnRnE, OUTER_SHAREABLE
+    if not fetch and not access.aligned and is_device(attr):
+        return Fault(FaultType.ALIGNMENT, 0)
+    pa = va & (1 << p.features.pa_bits) - 1
+    return Translation(pa, None, 0, attr, sh, ALL, False, not p.secure)
