@@ -66,7 +66,8 @@ BY_APTABLE_ONE_LEVEL = (ALL, ALL, ALL & ~PW, ALL & ~PW)
 
 def direct_index(ap: W, ap_table: W, uxn: W, pxn: W) -> W:
     """The row of a direct rule table: AP[2:1], accumulated APTable, UXN or UXNTable, PXN or PXNTable."""
-    return cast(W, ap | ap_table << 2 | uxn << 4 | pxn << 5)
+    index: Any = ap | ap_table << 2 | uxn << 4 | pxn << 5
+    return cast(W, index)
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pgtable.access import Access, AccessType
 from pgtable.attributes import (
@@ -23,6 +23,7 @@ from pgtable.attributes import (
     DEVICE_nGnRnE,
     is_device,
 )
+from pgtable.bits import W
 from pgtable.descriptors import LAST_LEVEL, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.memory import Memory, NoMemory
@@ -289,22 +290,20 @@ def _attr_index(p: WalkParams, word: int) -> int:
     return index | leaf["AttrIndx3"].get(word) << 3 if p.fmt.aie else index
 
 
-def leaf_permissions(p: WalkParams, word: int, inherited: int) -> tuple[int, int, int]:
-    """Base and overlay permission bits of a leaf under table attributes `inherited`, and whether PAN refuses it."""
-    rules, leaf = p.rules, p.page
-    if p.pie:
-        index = leaf["PIIndex"].get(word)
-    else:
-        index = p.direct_index(word, inherited)
+def leaf_permissions(p: WalkParams, word: W, inherited: W) -> tuple[W, W, W]:
+    """Base and overlay permission bits of leaves under table attributes `inherited`, and whether PAN refuses them.
+
+    Ints, or uint64 arrays of one shape (then uint16 arrays come out).
+    """
+    rules = p.rules
+    index = p.page["PIIndex"].get(word) if p.pie else p.direct_index(word, inherited)
     pan = rules.pan.at(index)
     if p.overlays is None:
-        return rules.final.at(index), _EVERYTHING, pan
-    overlay = p.overlays.at(leaf["POIndex"].get(word))
+        final: Any = rules.final.at(index)
+        return final, final | ALL, pan
+    overlay = p.overlays.at(p.page["POIndex"].get(word))
     base, overlay = with_overlay(rules.base.at(index), rules.wxn.at(index), rules.overlayable.at(index), overlay)
     return base, overlay, pan
-
-
-_EVERYTHING = -1
 
 
 def _permission_fault(

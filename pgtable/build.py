@@ -1,0 +1,308 @@
+"""Builds translation tables in physical memory: map, unmap, protect, split, by pages and blocks.
+
+Rules of this file:
+- The tables in memory are the only state, with the pool's next free page; there are no table objects.
+- A mapping is refused, with nothing written, when it is misaligned, out of range or overlaps a live one.
+- Leaf attributes are a template word, or fields by their Arm names (`AP=2, UXN=1`); the layout checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pgtable.bits import Flags, Words
+from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
+from pgtable.memory import PhysicalMemory
+
+# A leaf that a kernel could use: AF set, inner shareable, never executable, EL1 read/write, attribute 0.
+DEFAULT_FIELDS = {"AF": 1, "UXN": 1, "PXN": 1}
+
+
+class MapError(ValueError):
+    """A mapping that cannot be made; says which address, size and limit."""
+
+
+class Slot(NamedTuple):
+    """Where a descriptor is: entry `entry` of the table at `table`, at `level`; `va` is where its range begins."""
+
+    level: int
+    table: int
+    entry: int
+    va: int
+
+    @property
+    def pa(self) -> int:
+        """The descriptor's PA."""
+        return self.table + 8 * self.entry
+
+
+class TableBuilder:
+    """One translation tree, its root included, in `memory`, taking table pages from `pool` (PA, bytes).
+
+    `va_bits`: bits of the VA that the tree translates (64 - TxSZ). `upper`: it is TTBR1's. `table_fields` go into
+    every table descriptor (`UXNTable=1`). `root`: the root table's PA, for TTBRn.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        pool: tuple[int, int],
+        *,
+        fmt: Format | None = None,
+        va_bits: int = 48,
+        upper: bool = False,
+        **table_fields: int,
+    ) -> None:
+        self.memory = memory
+        self.fmt = fmt or Format()
+        self.va_bits = va_bits
+        self.upper = upper
+        self.granule: Granule = self.fmt.granule
+        self.start_level = LAST_LEVEL - (va_bits - 1 - self.granule.page_shift) // self.granule.stride
+        self.table_fields = table_fields
+        self.pool = pool
+        self.next_free = pool[0]
+        self.root = self.allocate()
+
+    @property
+    def base(self) -> int:
+        """The lowest VA of the tree."""
+        return (1 << 64) - (1 << self.va_bits) if self.upper else 0
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """The table pages taken from the pool: (PA, bytes)."""
+        return self.pool[0], self.next_free - self.pool[0]
+
+    def allocate(self) -> int:
+        """A zeroed table page from the pool; raises MapError when there is none."""
+        pa, size = self.next_free, self.granule.page_size
+        if pa + size > self.pool[0] + self.pool[1]:
+            raise MapError(f"no table page left in the pool at {self.pool[0]:#x}, {self.pool[1]:#x} bytes")
+        self.next_free = pa + size
+        self.memory.words(pa, size // 8)[:] = 0
+        return pa
+
+    def map(
+        self,
+        va: int,
+        pa: int,
+        size: int,
+        *,
+        level: int | None = None,
+        template: int | None = None,
+        contiguous: bool = False,
+        **fields: int,
+    ) -> None:
+        """Maps [va, va + size) to [pa, pa + size), by the largest legal blocks, or all at `level`.
+
+        `template`: a leaf descriptor whose attributes are used (address and type bits are not); `fields` are set on
+        top, by their Arm names. `contiguous` sets the Contiguous bit in every aligned run that is mapped whole.
+        Raises MapError.
+        """
+        self._check(va, size, pa)
+        levels = self._levels(level)
+        self._check_alignment(va, pa, size, max(levels))
+        pieces = list(self._pieces(va, pa, size, levels))
+        for piece_level, piece_va, _, count in pieces:
+            self._refuse_live(piece_level, piece_va, count)
+        for piece_level, piece_va, piece_pa, count in pieces:
+            word = self._leaf_word(piece_level, template, fields)
+            self._fill(piece_level, piece_va, piece_pa, count, word, contiguous)
+
+    def unmap(self, va: int, size: int) -> None:
+        """Zeroes every leaf in [va, va + size); holes are passed over. Raises MapError for part of a block."""
+        self._check(va, size)
+        for words, _ in list(self._live(va, size)):
+            words[:] = 0
+
+    def protect(self, va: int, size: int, **fields: int) -> None:
+        """Sets fields (`AP=2`) in every leaf of [va, va + size). Raises MapError for part of a block."""
+        self._check(va, size)
+        for words, level in list(self._live(va, size)):
+            leaf = self.fmt.leaf(level)
+            new = words.copy()
+            for name, value in fields.items():
+                new = leaf[name].put(new, value)
+            words[:] = np.where(words & np.uint64(1), new, words)
+
+    def split(self, va: int) -> None:
+        """Replaces the block that maps `va` by a table of entries one level down, with the same attributes."""
+        slot = self.slot(va)
+        word = self.memory.fetch(slot.pa)
+        if self.fmt.kind(word, slot.level) is not Kind.BLOCK:
+            raise MapError(f"va {va:#x}: no block there to split (level {slot.level}: {word:#018x})")
+        below = slot.level + 1
+        table = self.allocate()
+        pa = self.fmt.leaf(slot.level)["OA"].get(word)
+        attributes = word & ~self.fmt.leaf(slot.level).mask("OA", "TYPE")
+        self._write_run(table, 0, below, pa, self.granule.entries, attributes | self._type(below), contiguous=False)
+        self.memory.store(slot.pa, self._table_word(table))
+
+    def slot(self, va: int, level: int | None = None) -> Slot:
+        """Where the descriptor of `va` is: at `level`, or where the walk ends. Raises MapError without a table."""
+        self._check(va, 1)
+        table = self.root
+        for at in range(self.start_level, LAST_LEVEL + 1):
+            slot = Slot(at, table, self._entry(va, at), va & -self.granule.level_size(at))
+            word = self.memory.fetch(slot.pa)
+            if at == level or (level is None and self.fmt.kind(word, at) is not Kind.TABLE):
+                return slot
+            if self.fmt.kind(word, at) is not Kind.TABLE:
+                raise MapError(f"va {va:#x}: no table at level {at}, so no level {level} descriptor")
+            table = self.fmt.table(at)["TA"].get(word)
+        raise MapError(f"va {va:#x}: level {level} is not a level of this tree")
+
+    def place(self, va: int, level: int, word: int) -> Slot:
+        """Writes a raw descriptor for `va` at `level`, whatever it says, making the tables above it."""
+        self._check(va, 1)
+        table = self._table_at(va, level)
+        slot = Slot(level, table, self._entry(va, level), va & -self.granule.level_size(level))
+        self.memory.store(slot.pa, word)
+        return slot
+
+    def _check(self, va: int, size: int, pa: int = 0) -> None:
+        if size <= 0:
+            raise MapError(f"va {va:#x} size {size:#x}: must be more than 0 bytes")
+        if not self.base <= va or va + size > self.base + (1 << self.va_bits):
+            half = "upper" if self.upper else "lower"
+            raise MapError(f"va {va:#x} size {size:#x}: outside the {half} {self.va_bits}-bit range")
+        limit = 52 if self.fmt.wide else 48
+        if pa + size > 1 << limit:
+            raise MapError(f"pa {pa:#x} size {size:#x}: beyond the {limit} bits that a descriptor holds")
+
+    def _check_alignment(self, va: int, pa: int, size: int, level: int) -> None:
+        unit = self.granule.level_size(level)
+        for name, value in (("va", va), ("pa", pa), ("size", size)):
+            if value % unit:
+                raise MapError(f"{name} {value:#x} is not a multiple of {unit:#x} (level {level})")
+
+    def _levels(self, level: int | None) -> list[int]:
+        legal = sorted(at for at in (*self.fmt.block_levels, LAST_LEVEL) if at >= self.start_level)
+        if level is None:
+            return legal
+        if level not in legal:
+            raise MapError(f"level {level}: blocks and pages of this tree are at levels {legal}")
+        return [level]
+
+    def _pieces(self, va: int, pa: int, size: int, levels: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Runs (level, va, pa, count) of equal entries in one table each, the largest that fit first."""
+        end = va + size
+        while va < end:
+            level = next(at for at in levels if self._fits(va, pa, end - va, at))
+            unit = self.granule.level_size(level)
+            table_end = (va | (unit * self.granule.entries - 1)) + 1
+            stop = min(table_end, va + (end - va) // unit * unit, self._next_larger(va, pa, end, level, levels))
+            count = (stop - va) // unit
+            yield level, va, pa, count
+            va, pa = va + count * unit, pa + count * unit
+
+    def _fits(self, va: int, pa: int, size: int, level: int) -> bool:
+        unit = self.granule.level_size(level)
+        return size >= unit and not va % unit and not pa % unit
+
+    def _next_larger(self, va: int, pa: int, end: int, level: int, levels: list[int]) -> int:
+        """Where a larger block could begin after `va`."""
+        larger = [self.granule.level_size(at) for at in levels if at < level]
+        return min((-(-(va + 1) // u) * u for u in larger if (va - pa) % u == 0), default=end)
+
+    def _entry(self, va: int, level: int) -> int:
+        return (va - self.base) >> self.granule.level_shift(level) & (self.granule.entries - 1)
+
+    def _refuse_live(self, level: int, va: int, count: int) -> None:
+        """Raises MapError if any of the `count` entries, or an entry above them, is a live mapping."""
+        table = self.root
+        for at in range(self.start_level, level):
+            word = self.memory.fetch(table + 8 * self._entry(va, at))
+            kind = self.fmt.kind(word, at)
+            if kind is Kind.BLOCK:
+                raise MapError(f"va {va:#x}: inside a live block at level {at} ({word:#018x}); split it first")
+            if kind is Kind.INVALID:
+                return
+            table = self.fmt.table(at)["TA"].get(word)
+        words = self.memory.words(table + 8 * self._entry(va, level), count)
+        live = np.flatnonzero(words & np.uint64(1))
+        if len(live):
+            first, word = int(live[0]), int(words[live[0]])
+            kind = self.fmt.kind(word, level)
+            at_va = va + first * self.granule.level_size(level)
+            raise MapError(f"va {at_va:#x}: overlaps a live {kind.name.lower()} at level {level} ({word:#018x})")
+
+    def _table_at(self, va: int, level: int) -> int:
+        """The PA of the table at `level` for `va`, made if it is not there."""
+        table = self.root
+        for at in range(self.start_level, level):
+            pa = table + 8 * self._entry(va, at)
+            word = self.memory.fetch(pa)
+            if self.fmt.kind(word, at) is Kind.BLOCK:
+                raise MapError(f"va {va:#x}: inside a live block at level {at} ({word:#018x}); split it first")
+            if self.fmt.kind(word, at) is Kind.TABLE:
+                table = self.fmt.table(at)["TA"].get(word)
+            else:
+                table = self.allocate()
+                self.memory.store(pa, self._table_word(table))
+        return table
+
+    def _table_word(self, table: int) -> int:
+        return self.fmt.table(LAST_LEVEL - 1).pack(VALID=1, TYPE=1, TA=table, **self.table_fields)
+
+    def _type(self, level: int) -> int:
+        return self.fmt.leaf(level).pack(VALID=1, TYPE=int(level == LAST_LEVEL))
+
+    def _leaf_word(self, level: int, template: int | None, fields: dict[str, int]) -> int:
+        leaf = self.fmt.leaf(level)
+        if template is None:
+            defaults = {name: value for name, value in DEFAULT_FIELDS.items() if name in leaf}
+            template = leaf.pack(**defaults)
+            template = leaf["SH"].put(template, 3) if "SH" in leaf else template
+        template &= ~leaf.mask("OA", "TYPE", "VALID")
+        return leaf.pack(template, **fields) | self._type(level)
+
+    def _fill(self, level: int, va: int, pa: int, count: int, word: int, contiguous: bool) -> None:
+        table = self._table_at(va, level)
+        self._write_run(table, self._entry(va, level), level, pa, count, word, contiguous)
+
+    def _write_run(
+        self, table: int, entry: int, level: int, pa: int, count: int, word: int, contiguous: bool
+    ) -> None:
+        """Writes `count` consecutive entries that map consecutive addresses."""
+        unit = self.granule.level_size(level)
+        oa = np.arange(count, dtype=np.uint64) * np.uint64(unit) + np.uint64(pa)
+        leaf = self.fmt.leaf(level)
+        words = leaf["OA"].put(np.full(count, word, np.uint64), oa)
+        if contiguous:
+            words |= np.where(
+                self._whole_runs(level, entry, pa, count), np.uint64(leaf.mask("Contiguous")), np.uint64(0)
+            )
+        self.memory.words(table + 8 * entry, count)[:] = words
+
+    def _whole_runs(self, level: int, entry: int, pa: int, count: int) -> Flags:
+        """For each of `count` entries, whether it lies in an aligned run that is written whole."""
+        run = CONTIGUOUS_RUN[self.granule].get(level, 1)
+        index = np.arange(entry, entry + count)
+        first = index // run * run
+        aligned = (pa // self.granule.level_size(level) - entry) % run == 0 and run > 1
+        return (first >= entry) & (first + run <= entry + count) & aligned
+
+    def _live(self, va: int, size: int) -> Iterator[tuple[Words, int]]:
+        """Views of the leaves in [va, va + size), with their level; raises MapError for part of a block."""
+        end = va + size
+        while va < end:
+            slot = self.slot(va)
+            unit = self.granule.level_size(slot.level)
+            kind = self.fmt.kind(self.memory.fetch(slot.pa), slot.level)
+            if kind is Kind.BLOCK and (va % unit or end - va < unit):
+                raise MapError(
+                    f"va {va:#x} size {end - va:#x}: part of a live block at level {slot.level} (split it first)"
+                )
+            if slot.level == LAST_LEVEL:
+                stop = min(end, (va | (unit * self.granule.entries - 1)) + 1)
+                yield self.memory.words(slot.pa, -(-(stop - va) // unit)), slot.level
+                va = stop
+                continue
+            if kind is Kind.BLOCK:
+                yield self.memory.words(slot.pa, 1), slot.level
+            va = slot.va + unit
