@@ -9,6 +9,7 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,12 @@ class TableBuilder:
     def used(self) -> tuple[int, int]:
         """The table pages taken from the pool: (PA, bytes)."""
         return self.pool[0], self.next_free - self.pool[0]
+
+    def on(self, memory: PhysicalMemory) -> TableBuilder:
+        """The same tree in another memory with the same content (a copy of this one)."""
+        other = copy(self)
+        other.memory = memory
+        return other
 
     def allocate(self) -> int:
         """A zeroed table page from the pool; raises MapError when there is none."""

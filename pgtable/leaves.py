@@ -80,7 +80,7 @@ def leaves(memory: PhysicalMemory, regs: Registers, *, regime: Regime | None = N
 def tables(memory: PhysicalMemory, regs: Registers, *, regime: Regime | None = None) -> Tables:
     """All table pages of both halves of a regime (default: that of EL1), roots first."""
     nothing = Tables(_NONE, _NONE, _NONE.astype(np.int8), _NONE, _NONE.astype(np.bool_))
-    parts = [nothing, *(level for p in halves(regs, regime) for level, _ in _levels(memory, p))]
+    parts = [nothing, *(level for p in halves(regs, regime) for level, _ in _levels(memory, p, pages=False))]
     return Tables(*_joined(parts))
 
 
@@ -96,8 +96,13 @@ def halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
     return [p for p in (WalkParams.of(regs, regime, va) for va in sides) if p.mmu_on and p.txsz_ok and not p.epd]
 
 
-def _levels(memory: PhysicalMemory, p: WalkParams) -> list[tuple[Tables, Words]]:
-    """For each level, its tables and their words: uint64 of shape (tables, entries)."""
+def _unread(memory: PhysicalMemory, pa: Words) -> tuple[Words, npt.NDArray[np.bool_]]:
+    """Tables whose words nobody wants, and whether there is RAM."""
+    return np.zeros((len(pa), 0), np.uint64), memory.gather(pa)[1]
+
+
+def _levels(memory: PhysicalMemory, p: WalkParams, *, pages: bool = True) -> list[tuple[Tables, Words]]:
+    """For each level, its tables and their words: uint64 (tables, entries). Without `pages`, level 3 stays unread."""
     found: list[tuple[Tables, Words]] = []
     pa, va, inherited = (np.array([x], np.uint64) for x in (p.base, p.half_base, 0))
     visited = 0
@@ -105,7 +110,7 @@ def _levels(memory: PhysicalMemory, p: WalkParams) -> list[tuple[Tables, Words]]
         visited += len(pa)
         if visited > MAX_TABLES:
             raise ValueError(f"the tree at PA {p.base:#x} has more than {MAX_TABLES} tables: it refers to itself")
-        words, there = memory.tables(pa, mask + 1)
+        words, there = memory.tables(pa, mask + 1) if level != LAST_LEVEL or pages else _unread(memory, pa)
         if p.big_endian:
             words = words.byteswap()
         found.append((Tables(pa, va, np.full(len(pa), level, np.int8), inherited, there), words))

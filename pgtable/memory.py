@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from pgtable.bits import Flags, Words
 
@@ -53,6 +54,12 @@ class Region(NamedTuple):
     words: Words  # the region's bytes, uint64 of shape (size / 8,)
     raw: memoryview  # the same bytes as unsigned 64-bit ints: reads give int, not a numpy scalar
     buffer: mmap.mmap  # the same bytes as bytes
+    private: bool = False  # thawed: a page is its own only once it is written
+
+    @property
+    def address(self) -> int:
+        """Where the buffer is in this process (page-aligned), for an engine that shares it."""
+        return int(self.words.ctypes.data)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Mark:
     ranges: tuple[tuple[int, int], ...]  # (pa, number of words)
     copies: tuple[Words, ...]
 
+    def same_as(self, other: Mark) -> bool:
+        """The same words of the same ranges."""
+        return self.ranges == other.ranges and all(
+            np.array_equal(a, b) for a, b in zip(self.copies, other.copies, strict=True)
+        )
+
 
 class WordChanges(NamedTuple):
     """Words that differ from a mark, in address order; each array is uint64 of shape (n,)."""
@@ -69,6 +82,13 @@ class WordChanges(NamedTuple):
     pa: Words
     old: Words
     new: Words
+
+    def joined(self, other: WordChanges) -> WordChanges:
+        """These and others, in address order."""
+        pa = np.concatenate((self.pa, other.pa))
+        order = np.argsort(pa, kind="stable")
+        rest = (np.concatenate(pair)[order] for pair in ((self.old, other.old), (self.new, other.new)))
+        return WordChanges(pa[order], *rest)
 
 
 class PhysicalMemory:
@@ -107,11 +127,17 @@ class PhysicalMemory:
             if base < region.base + region.size and region.base < base + size:
                 raise ValueError(f"RAM at {base:#x}, {size:#x} bytes overlaps the region at {region.base:#x}")
 
-    def _adopt(self, base: int, buffer: mmap.mmap) -> None:
+    def _adopt(self, base: int, buffer: mmap.mmap, *, private: bool = False) -> None:
         self._check(base, len(buffer))
-        region = Region(base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer)
+        region = Region(
+            base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer, private
+        )
         self.regions = tuple(sorted((*self.regions, region), key=lambda r: r.base))
         self._bases = [r.base for r in self.regions]
+
+    def freeze(self) -> Frozen:
+        """The content of all RAM now, for any number of `Frozen.thaw()` copies that cost nothing until written."""
+        return Frozen(tuple(_saved(region) for region in self.regions))
 
     def region_of(self, pa: int) -> Region:
         """The region that holds `pa`; raises NoMemory."""
@@ -129,7 +155,7 @@ class PhysicalMemory:
 
     def fetch(self, pa: int) -> int:
         """The 64-bit word at `pa`; raises NoMemory, or ValueError for an unaligned `pa`."""
-        for base, size, _, raw, _ in self.regions:
+        for base, size, _, raw, *_ in self.regions:
             if base <= pa < base + size:
                 if pa & 7:
                     raise ValueError(f"PA {pa:#x} is not 8-byte aligned")
@@ -160,7 +186,7 @@ class PhysicalMemory:
         out = np.zeros((len(pas), n), np.uint64)
         there = np.zeros(len(pas), np.bool_)
         index = np.arange(n)
-        for base, size, words, _, _ in self.regions:
+        for base, size, words, *_ in self.regions:
             inside = (
                 (pas >= np.uint64(base)) & (pas < np.uint64(base + size)) & (pas <= np.uint64(base + size - 8 * n))
             )
@@ -174,7 +200,7 @@ class PhysicalMemory:
         """The word at each of `pas` (8-byte aligned) and whether there is RAM, in the shape of `pas`."""
         out = np.zeros(pas.shape, np.uint64)
         there = np.zeros(pas.shape, np.bool_)
-        for base, size, words, _, _ in self.regions:
+        for base, size, words, *_ in self.regions:
             offset = pas - np.uint64(base)  # wraps far above `size` below the base
             inside = offset < np.uint64(size)
             out[inside] = words[(offset[inside] >> np.uint64(3)).astype(np.int64)]
@@ -200,6 +226,26 @@ class PhysicalMemory:
             yield memoryview(region.buffer)[start : start + size]
             pa, n = pa + size, n - size
 
+    def written(self) -> Pages:
+        """The pages written since `thaw`. Raises ValueError for memory that was not thawed."""
+        return Pages(tuple(self._written(region) for region in self.regions))
+
+    def _written(self, region: Region) -> tuple[npt.NDArray[np.int64], Words]:
+        if not region.private:
+            raise ValueError(f"RAM at {region.base:#x} was not thawed from a frozen content")
+        numbers = _private_pages(region)
+        return numbers, region.words.reshape(-1, PAGE // 8)[numbers]
+
+    def rewind(self, pages: Pages | None = None) -> None:
+        """Back to the content thawed, with `pages` (from `written`) put on top. Views and addresses stay valid."""
+        for i, region in enumerate(self.regions):
+            if not region.private:
+                raise ValueError(f"RAM at {region.base:#x} was not thawed from a frozen content")
+            region.buffer.madvise(mmap.MADV_DONTNEED)
+            if pages:
+                numbers, words = pages.parts[i]
+                region.words.reshape(-1, PAGE // 8)[numbers] = words
+
     def mark(self, ranges: Sequence[tuple[int, int]] | None = None) -> Mark:
         """Copies the words of PA ranges (pa, bytes), by default all RAM, for `changes`."""
         spans = [(r.base, r.size) for r in self.regions] if ranges is None else ranges
@@ -217,6 +263,13 @@ class PhysicalMemory:
             news.append(now[where])
         return WordChanges(*(_joined(part) for part in (pas, olds, news)))
 
+    def nonzero(self, pa: int, size: int) -> WordChanges:
+        """The words of [pa, pa + size) that are not 0, as changes from 0."""
+        words = self.words(pa, size // 8)
+        where = np.flatnonzero(words)
+        pas = where.astype(np.uint64) * np.uint64(8) + np.uint64(pa)
+        return WordChanges(pas, np.zeros(len(where), np.uint64), words[where])
+
     def restore(self, mark: Mark) -> None:
         """Puts a mark's words back."""
         for (pa, n), copy in zip(mark.ranges, mark.copies, strict=True):
@@ -225,6 +278,56 @@ class PhysicalMemory:
     def __repr__(self) -> str:
         parts = ", ".join(f"({r.base:#x}, {r.size:#x})" for r in self.regions)
         return f"PhysicalMemory({parts})"
+
+
+class Frozen(NamedTuple):
+    """RAM content kept in unlinked files: (base, size, file descriptor) of each region."""
+
+    regions: tuple[tuple[int, int, int], ...]
+
+    def thaw(self) -> PhysicalMemory:
+        """RAM with this content, shared with every other copy until it is written (copy on write)."""
+        memory = PhysicalMemory()
+        for base, size, file in self.regions:
+            memory._adopt(base, mmap.mmap(file, size, flags=mmap.MAP_PRIVATE), private=True)
+        return memory
+
+    def close(self) -> None:
+        """Gives the files back; copies that were thawed stay."""
+        for _, _, file in self.regions:
+            os.close(file)
+
+
+# /proc/self/pagemap, one 64-bit word a page (Linux Documentation/admin-guide/mm/pagemap.rst).
+_PRESENT, _SWAPPED, _FILE_OR_SHARED = 1 << 63, 1 << 62, 1 << 61
+
+
+def _private_pages(region: Region) -> npt.NDArray[np.int64]:
+    """The numbers of the region's pages that are copies of its own."""
+    host_page = mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        words = np.frombuffer(
+            os.pread(file.fileno(), region.size // host_page * 8, region.address // host_page * 8), np.uint64
+        )
+    own = (words & np.uint64(_PRESENT | _SWAPPED) != 0) & (words & np.uint64(_FILE_OR_SHARED) == 0)
+    return np.flatnonzero(np.repeat(own, host_page // PAGE))
+
+
+def _saved(region: Region) -> tuple[int, int, int]:
+    """A region's content in an anonymous file; pages of zeros stay holes in it."""
+    file = os.memfd_create(f"ram-{region.base:x}")
+    os.truncate(file, region.size)
+    pages = region.words.reshape(-1, PAGE // 8)
+    used = np.flatnonzero(pages.any(axis=1))
+    for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1) if len(used) else []:
+        os.pwrite(file, pages[run[0] : run[-1] + 1].tobytes(), int(run[0]) * PAGE)
+    return region.base, region.size, file
+
+
+class Pages(NamedTuple):
+    """Pages written since a thaw: for each region, their numbers (int64) and their words (uint64, a row a page)."""
+
+    parts: tuple[tuple[npt.NDArray[np.int64], Words], ...]
 
 
 def _joined(parts: list[Words]) -> Words:

@@ -1,0 +1,112 @@
+"""Descriptors that a run changed: found by comparing table pages before and after, decoded when asked.
+
+Rules of this file:
+- Arrays hold everything; a `Change` is made for one element when it is looked at.
+- A page's level and VA come from the tree as it is afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from pgtable import Format
+from pgtable.bits import Words
+from pgtable.leaves import Tables
+from pgtable.memory import WordChanges
+
+
+class Change(NamedTuple):
+    """One descriptor that changed. `level` and `va` are None for a word of a table page that no tree reaches."""
+
+    va: int | None
+    level: int | None
+    pa: int
+    old: int
+    new: int
+    fields: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        where = f"{self.va:#018x} L{self.level}" if self.va is not None else f"PA {self.pa:#x}"
+        fields = ", ".join(f"{name} {old:#x}->{new:#x}" for name, (old, new) in self.fields.items())
+        return f"{where} {self.old:#018x} -> {self.new:#018x}  {fields}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "va": None if self.va is None else f"{self.va:#018x}",
+            "level": self.level,
+            "pa": f"{self.pa:#018x}",
+            "old": f"{self.old:#018x}",
+            "new": f"{self.new:#018x}",
+            "fields": {name: [f"{old:#x}", f"{new:#x}"] for name, (old, new) in self.fields.items()},
+        }
+
+
+class Changes(Sequence[Change]):
+    """The changed descriptors in PA order; `va`, `pa`, `old`, `new` uint64 and `level` int8, all of shape (n,).
+
+    `level` is -128 where no tree reaches the page; `va` is then 0.
+    """
+
+    UNREACHED = -128
+
+    def __init__(self, words: WordChanges, fmt: Format, tables: Tables | None) -> None:
+        self.pa, self.old, self.new = words
+        self.fmt = fmt
+        self.va, self.level = _places(words.pa, fmt, tables)
+
+    def reached(self) -> Changes:
+        """Those in table pages that the tree reaches."""
+        keep = self.level != self.UNREACHED
+        rest = Changes(WordChanges(self.pa[keep], self.old[keep], self.new[keep]), self.fmt, None)
+        rest.va, rest.level = self.va[keep], self.level[keep]
+        return rest
+
+    def __len__(self) -> int:
+        return len(self.pa)
+
+    @overload
+    def __getitem__(self, index: int) -> Change: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Change]: ...
+    def __getitem__(self, index: int | slice) -> Change | list[Change]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        return self._at(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Change]:
+        return (self._at(i) for i in range(len(self)))
+
+    def _at(self, i: int) -> Change:
+        old, new, level = int(self.old[i]), int(self.new[i]), int(self.level[i])
+        if level == self.UNREACHED:
+            return Change(None, None, int(self.pa[i]), old, new, {})
+        layout = self.fmt.layout(new if new & 1 else old, level)
+        return Change(int(self.va[i]), level, int(self.pa[i]), old, new, layout.changed(old, new))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} changed descriptors>"
+
+
+def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Any]:
+    """VA and level of the descriptors at `pa`, found through the table pages they are in."""
+    page = fmt.granule.page_size
+    va = np.zeros(len(pa), np.uint64)
+    level = np.full(len(pa), Changes.UNREACHED, np.int8)
+    if tables is None or not len(tables.pa) or not len(pa):
+        return va, level
+    order = np.argsort(tables.pa, kind="stable")
+    starts = tables.pa[order]
+    at = np.maximum(np.searchsorted(starts, pa, side="right") - 1, 0)
+    inside = (pa >= starts[at]) & (pa - starts[at] < np.uint64(page))
+    table = order[at]
+    level[inside] = tables.level[table][inside]
+    entry = (pa - tables.pa[table]) >> np.uint64(3)
+    for each in np.unique(level[inside]):
+        here = inside & (level == each)
+        size = np.uint64(fmt.granule.level_size(int(each)))
+        va[here] = tables.va[table][here] + entry[here] * size
+    return va, level

@@ -1,0 +1,551 @@
+"""A machine that runs arm64 code on tables: a kernel's functions by name, or a snippet.
+
+    m = Machine.boot(KernelImage.load("debian:6.12"))
+    r = m.call("set_memory_valid", m.plan.linear_va(pa), 4, 0)
+
+Rules of this file:
+- `call` and `run` never raise for what the guest does: a fault, a BUG or a budget ends up in `CallResult.stop`.
+- The guest's TLB is Unicorn's. A descriptor that the guest changed without TLBI may still be used in its old form, as
+  on hardware; what Python changed between runs is seen at once.
+- Nothing here knows what a kernel function ought to do: that is kernel_model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from emu import coldboot, engine
+from emu.changes import Changes
+from emu.engine import Cpu, End, Ended, SystemInstruction
+from emu.exceptions import Stop, Touch, disassemble, touches
+from emu.image import KernelImage
+from emu.order import OrderRecorder
+from emu.trace import Barrier, Event, Maintenance, tlbi_name
+from pgtable import CPUS, Access, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
+from pgtable.leaves import tables as tables_of
+from pgtable.memory import PAGE, Frozen, Mark, Pages, WordChanges
+
+_U64 = (1 << 64) - 1
+BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
+TIMEOUT = 10.0  # seconds of wall clock that a call may take
+
+
+class Warn(NamedTuple):
+    """A WARN that the guest ran into: `site` is symbol+offset; `repeat`: a WARN_ON_ONCE that had fired before."""
+
+    pc: int
+    site: str
+    file: str
+    line: int
+    once: bool
+    repeat: bool
+
+    def __str__(self) -> str:
+        once = f" ({'again, ' if self.repeat else ''}once)" if self.once else ""
+        return f"WARN at {self.site}, {self.file}:{self.line}{once}"
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What a call did. `value` is X0 unsigned.
+
+    `changes`: descriptors that differ, from a comparison. `maintenance`: TLBI in order. `events`: with
+    record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30.
+    """
+
+    value: int
+    changes: Changes
+    maintenance: tuple[Maintenance, ...]
+    warnings: tuple[Warn, ...]
+    stop: Stop | None
+    events: tuple[Event, ...] | None = None
+    x: tuple[int, ...] = ()
+
+    @property
+    def signed(self) -> int:
+        """X0 as a signed number: 64 bits, or a C int where the upper half is 0 (as the compiler leaves it)."""
+        width = 32 if self.value >> 32 == 0 else 64
+        return self.value - (1 << width) if self.value >> width - 1 else self.value
+
+    @property
+    def barriers(self) -> tuple[str, ...]:
+        """Names of the barriers executed, in order; needs record="order"."""
+        if self.events is None:
+            raise ValueError('barriers are recorded with record="order"')
+        return tuple(event.name for event in self.events if isinstance(event, Barrier))
+
+    def ok(self) -> CallResult:
+        """This result; raises RuntimeError if the call did not return."""
+        if self.stop:
+            raise RuntimeError(str(self.stop))
+        return self
+
+
+class State(NamedTuple):
+    """A machine's memory and registers at one moment (`Machine.save`)."""
+
+    pages: Pages
+    registers: tuple[int, ...]
+    system: tuple[int, ...]
+    warned: frozenset[int]
+    pages_given: int
+    tables_used: int
+    user_used: int
+
+
+@dataclass
+class _Run:
+    """What hooks collect while the guest runs."""
+
+    maintenance: list[Maintenance] = field(default_factory=list)
+    warnings: list[Warn] = field(default_factory=list)
+    stop: Stop | None = None
+
+
+class Machine:
+    """One CPU, physical memory and the kernel's tables. Made by `boot` (a kernel) or `bare` (snippets).
+
+    `memory`: PhysicalMemory. `tables`: the TableBuilder of the kernel's half. `plan`: where things are.
+    """
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        plan: coldboot.Plan,
+        set_up: coldboot.SetUp,
+        image: KernelImage | None = None,
+    ) -> None:
+        self.memory: PhysicalMemory = frozen.thaw()
+        self.plan = plan
+        self.image = image
+        self.tables = set_up.tables.on(self.memory)
+        self.user = set_up.user.on(self.memory)
+        self.cpu = Cpu(self.memory, page_size=plan.page_size)
+        self.stubs: dict[int, Callable[[Machine], int | None]] = {}
+        self._warned: set[int] = set()
+        self._now = _Run()
+        self._order = OrderRecorder(self.cpu, self.read)
+        self._known: Mark | None = None  # table words when the guest last ran
+        self._pages_given = 0
+        self._start(set_up.registers)
+
+    @classmethod
+    def boot(
+        cls, image: KernelImage | str, *, ram: int = coldboot.RAM_SIZE, va_bits: int | None = None, ng: bool = False
+    ) -> Machine:
+        """A machine with a kernel in memory and nothing run; see emu.coldboot. `ng`: arm64_use_ng_mappings is 1.
+
+        Raises BootError, or ImageError for a kernel that cannot be loaded.
+        """
+        image = KernelImage.load(image) if isinstance(image, str) else image
+        key = (image.base, image.release, id(image), ram, va_bits, ng)
+        if key not in _TEMPLATES:
+            plan = coldboot.make_plan(image, ram=ram, va_bits=va_bits)
+            made = coldboot.set_up(image, plan, ng=ng)
+            _map_struct_pages(cls(made.memory.freeze(), plan, made, image), made)
+            _TEMPLATES[key] = (made.memory.freeze(), plan, made, image)
+        return cls(*_TEMPLATES[key])
+
+    @classmethod
+    def bare(cls, *, ram: int = coldboot.BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48) -> Machine:
+        """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot."""
+        plan = coldboot.bare_plan(ram=ram, granule=granule, va_bits=va_bits)
+        made = coldboot.bare_set_up(plan, granule)
+        return cls(made.memory.freeze(), plan, made)
+
+    def _start(self, regs: Registers) -> None:
+        for name in ("MAIR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1"):
+            self.cpu[name] = regs[name]
+        self.cpu["SP_EL0"] = self.plan.task
+        self.cpu["TPIDR_EL1"] = 0
+        self.cpu["SCTLR_EL1"] = regs.SCTLR_EL1
+        self.cpu.set_el(1)
+        self.cpu.on_interrupt(self._interrupt)
+        self.cpu.on_system(self._system)
+
+    # what the guest sees
+
+    def registers(self) -> Registers:
+        """The registers of the translation regime as they are now, for `pgtable.translate`."""
+        names = ("TCR_EL1", "TTBR0_EL1", "TTBR1_EL1", "MAIR_EL1", "SCTLR_EL1")
+        return Registers(CPUS["unicorn"], **{name: self.cpu[name] for name in names})
+
+    def translate(self, va: int, access: Access | None = None) -> Walk:
+        """What an access to `va` does with the tables and registers as they are now."""
+        return translate(self.memory, self.registers(), va, access)
+
+    def read(self, va: int, n: int) -> bytes:
+        """`n` bytes at kernel address `va`, through the tables. Raises ValueError with the walk where it faults."""
+        return b"".join(self.memory.read(pa, size) for pa, size in self._spans(va, n))
+
+    def write(self, va: int, data: bytes) -> None:
+        """Writes bytes at kernel address `va`, through the tables, whatever their permissions."""
+        done = 0
+        for pa, size in list(self._spans(va, len(data))):
+            self.memory.write(pa, data[done : done + size])
+            done += size
+
+    def word_at(self, va: int, size: int = 4) -> int:
+        """The little-endian word at kernel address `va`."""
+        return int.from_bytes(self.read(va, size), "little")
+
+    def _spans(self, va: int, n: int) -> list[tuple[int, int]]:
+        spans, end, page = [], va + n, self.plan.page_size
+        while va < end:
+            size = min(end - va, page - va % page)
+            spans.append((self.translate(va, Access.read(el=1)).pa, size))
+            va += size
+        return spans
+
+    def symbol(self, name: str | int) -> int:
+        """The address of a symbol, or of an address itself; raises SymbolError."""
+        if isinstance(name, int):
+            return name
+        if self.image is None:
+            raise ValueError(f"{name}: a machine without a kernel has no symbols")
+        return self.image.symbols[name]
+
+    def describe(self, pc: int) -> str:
+        """`symbol+0x12`, or the address in hex."""
+        if self.image is None or not self.image.base <= pc < self.image.base + self.image.size:
+            return f"{pc:#x}"
+        return self.image.symbols.describe(pc)
+
+    # running
+
+    def call(
+        self,
+        function: str | int,
+        *args: int,
+        timeout: float | None = TIMEOUT,
+        blocks: int | None = None,
+        record: str = "changes",
+    ) -> CallResult:
+        """Calls a kernel function (name or address) with up to eight integer arguments, under AAPCS64.
+
+        `timeout`: seconds of wall clock; `blocks`: basic blocks it may run (costs a hook, some 0.5 us a block).
+        `record`: "changes" or "order" (also barriers and table writes, in order; some 10 times slower), "nothing".
+        Raises SymbolError for a name that is not there or not one.
+        """
+        if len(args) > 8:
+            raise ValueError(f"{len(args)} arguments: a call passes at most 8 in registers")
+        for i, value in enumerate(args):
+            self.cpu.write(engine.X[i], value)
+        self.cpu.write(engine.SP, self.plan.stack)
+        self.cpu.write(engine.FP, 0)
+        self.cpu.write(engine.LR, self.plan.landing)
+        return self._record(self.symbol(function), self.plan.landing, timeout, blocks, record)
+
+    def stub(self, function: str | int, action: Callable[[Machine], int | None]) -> None:
+        """Replaces a function: when it is called, `action(machine)` runs instead and gives X0 (None: left alone)."""
+        address = self.symbol(function)
+        if address not in self.stubs:
+            self.cpu.on_code(self._stubbed, address, address)
+            self.cpu.flush_code()
+        self.stubs[address] = action
+
+    def argument(self, n: int) -> int:
+        """The value of Xn now: in a stub, argument n."""
+        return self.cpu.read(engine.X[n])
+
+    def _stubbed(self, pc: int) -> bool:
+        value = self.stubs[pc](self)
+        if value is not None:
+            self.cpu.write(engine.X[0], value)
+        self.cpu.write(engine.PC, self.cpu.read(engine.LR))
+        return True
+
+    def _record(self, pc: int, until: int, timeout: float | None, blocks: int | None, record: str) -> CallResult:
+        if record not in ("changes", "order", "nothing"):
+            raise ValueError(f"record={record!r}: must be 'changes', 'order' or 'nothing'")
+        self._now = _Run()
+        before = self._mark()
+        budget = _Budget(self.cpu, blocks) if blocks is not None else None
+        try:
+            if record == "order":
+                ended = self._order.run(pc, until, timeout, self._table_ranges(whole=True))
+            else:
+                ended = self.cpu.run(pc, until, timeout)
+        finally:
+            if budget:
+                budget.close()
+        stop = self._now.stop or self._stop_for(ended, budget)
+        return CallResult(
+            value=self.cpu.read(engine.X[0]),
+            changes=self._changes(before) if record != "nothing" else self._no_changes(),
+            maintenance=tuple(self._now.maintenance),
+            warnings=tuple(self._now.warnings),
+            stop=stop,
+            events=tuple(self._order.events) if record == "order" else None,
+            x=tuple(self.cpu.general()),
+        )
+
+    def run(
+        self,
+        code: bytes | Sequence[int],
+        *args: int,
+        el: int = 1,
+        timeout: float | None = TIMEOUT,
+        blocks: int | None = None,
+        record: str = "changes",
+    ) -> CallResult:
+        """Runs a snippet (bytes, or instruction words) at EL1 or EL0, with X0 ... set to `args`.
+
+        It starts in the code page of that EL (`plan.code`, or `plan.user_code` for EL0) with a stack, and ends where
+        it ends, or by RET. Raises ValueError for code that does not fit its page.
+        """
+        if el not in (0, 1):
+            raise ValueError(f"el {el}: a snippet runs at EL0 or EL1")
+        data = bytes(code) if isinstance(code, bytes) else b"".join(word.to_bytes(4, "little") for word in code)
+        limit = self.plan.page_size - 8
+        if not data or len(data) % 4 or len(data) > limit:
+            raise ValueError(f"snippet of {len(data)} bytes: must be whole instructions, at most {limit} bytes")
+        start = self.plan.code if el else self.plan.user_code
+        self.memory.write(self.plan.code_pa if el else self.plan.user_code_pa, data)
+        self.cpu.flush_code()
+        self.cpu.set_el(el)
+        self.cpu.write(engine.SP, self.plan.stack if el else self.plan.user_stack)
+        for i in range(31):
+            self.cpu.write(engine.X[i], args[i] if i < len(args) else 0)
+        end = start + len(data)
+        self.cpu.write(engine.LR, end)
+        try:
+            return self._record(start, end, timeout, blocks, record)
+        finally:
+            self.cpu.set_el(1)
+            self.cpu["SP_EL0"] = self.plan.task
+
+    # state
+
+    def save(self) -> State:
+        """Memory and registers now, for `restore`."""
+        system = tuple(self.cpu[name] for name in engine.SYSTEM)
+        registers = (*self.cpu.general(), self.cpu.read(engine.SP), self.cpu.read(engine.PC))
+        return State(
+            self.memory.written(),
+            registers,
+            system,
+            frozenset(self._warned),
+            self._pages_given,
+            self.tables.next_free,
+            self.user.next_free,
+        )
+
+    def restore(self, state: State) -> None:
+        """Back to a saved state; views of memory stay valid."""
+        self.memory.rewind(state.pages)
+        for name, value in zip(engine.SYSTEM, state.system, strict=True):
+            self.cpu[name] = value
+        for register, value in zip((*engine.X, engine.SP, engine.PC), state.registers, strict=True):
+            self.cpu.write(register, value)
+        self._warned = set(state.warned)
+        self._pages_given = state.pages_given
+        self.tables.next_free, self.user.next_free = state.tables_used, state.user_used
+        self._known = None
+
+    def give_page(self) -> int:
+        """The PA of a zeroed page of RAM from the page pool, for stubs of the page allocator.
+
+        Raises MemoryError when the pool is empty.
+        """
+        pa = self.plan.pages[0] + self._pages_given * self.plan.page_size
+        if pa + self.plan.page_size > sum(self.plan.pages):
+            raise MemoryError(f"page pool of {self.plan.pages[1]:#x} bytes is empty")
+        self._pages_given += 1
+        self.memory.words(pa, self.plan.page_size // 8)[:] = 0
+        return pa
+
+    def _table_ranges(self, *, whole: bool = False) -> list[tuple[int, int]]:
+        """PA ranges that may hold tables: what the builders and the page pool have given out, or all of them."""
+        pages = self.plan.pages
+        given = pages[1] if whole else self._pages_given * self.plan.page_size
+        return [self.tables.used, self.user.used, (pages[0], given)]
+
+    def _mark(self) -> _Before:
+        mark = self.memory.mark([r for r in self._table_ranges() if r[1]])
+        if self._known is None or not self._known.same_as(mark):
+            self.cpu.flush_tlb()
+        return _Before(mark, self._pages_given)
+
+    def _changes(self, before: _Before) -> Changes:
+        words = self.memory.changes(before.mark)
+        page = self.plan.page_size
+        given = self._pages_given - before.pages_given
+        if given:  # pages that became tables during the run were zeros before
+            words = words.joined(self.memory.nonzero(self.plan.pages[0] + before.pages_given * page, given * page))
+        if not len(words.pa):
+            self._known = before.mark
+            return self._no_changes()
+        self._known = self.memory.mark([r for r in self._table_ranges() if r[1]])
+        found = Changes(words, self.tables.fmt, tables_of(self.memory, self.registers()))
+        return found.reached() if given else found
+
+    def _no_changes(self) -> Changes:
+        none = np.zeros(0, np.uint64)
+        return Changes(WordChanges(none, none, none), self.tables.fmt, None)
+
+    # what hooks do
+
+    def _system(self, instruction: SystemInstruction) -> bool:
+        _, op1, crn, crm, op2, rt = instruction
+        name = tlbi_name(op1, crn, crm, op2)
+        if name is not None:
+            operand = self.cpu.read(engine.X[rt]) if rt < 31 else 0
+            event = Maintenance(name, operand, self.cpu.read(engine.PC))
+            self._now.maintenance.append(event)
+            self._order.note(event)
+        return False
+
+    def _interrupt(self, number: int) -> bool:
+        pc = self.cpu.read(engine.PC)
+        if number == engine.BREAK:
+            return self._break(pc)
+        if number in (engine.DATA_ABORT, engine.PREFETCH_ABORT):
+            self._now.stop = self._fault(pc, number)
+        else:
+            kind, text = _EXCEPTIONS.get(number, ("exception", f"exception {number}"))
+            self._now.stop = self._stop(kind, text, pc)
+        return False
+
+    def _break(self, pc: int) -> bool:
+        """A BRK: a WARN goes on after it, as the kernel's handler does; anything else stops."""
+        bug = self.image.bugs.get(pc) if self.image and self._word(pc) == BRK_WARN else None
+        if bug is None or not bug.warn:
+            text = f"BUG at {bug.file}:{bug.line}" if bug else f"brk #{self._word(pc) >> 5 & 0xFFFF:#x}"
+            self._now.stop = self._stop("bug" if bug else "exception", text, pc)
+            return False
+        repeat = bug.once and pc in self._warned
+        self._warned.add(pc)
+        self._now.warnings.append(Warn(pc, self.describe(pc), bug.file, bug.line, bug.once, repeat))
+        self.cpu.write(engine.PC, pc + 4)
+        return True
+
+    def _fault(self, pc: int, number: int) -> Stop:
+        el = self.cpu.el
+        if number == engine.PREFETCH_ABORT:
+            walk = self.translate(pc, Access.fetch(el))
+            return self._stop("fault", f"instruction fetch from {pc:#x}: {_outcome(walk)}", pc, walk)
+        parts = touches(self._word(pc), pc, self._register, el)
+        walks = [w for part in parts for w in self._walks(part)]
+        if not walks:
+            return self._stop("fault", f"data abort of {disassemble(self._word(pc), pc)}", pc)
+        walk = next((w for w in walks if not w.ok), walks[0])
+        return self._stop("fault", f"{walk.access} at {walk.va:#x}: {_outcome(walk)}", pc, walk)
+
+    def _walks(self, part: Touch) -> list[Walk]:
+        """Walks of the first and the last byte."""
+        last = part.va + part.size - 1 & _U64
+        vas = [part.va, last] if part.va // PAGE != last // PAGE else [part.va]
+        return [self.translate(va, part.access) for va in vas]
+
+    def _register(self, n: int) -> int:
+        return self.cpu.read(engine.SP if n == 31 else engine.X[n])
+
+    def _stop_for(self, ended: Ended, budget: _Budget | None) -> Stop | None:
+        if ended.end is End.REACHED:
+            return None
+        if budget and budget.spent:
+            return self._stop("budget", f"{budget.limit} basic blocks ran without an end", ended.pc)
+        if ended.end is End.TIMEOUT:
+            return self._stop("timeout", "the time allowed ran out", ended.pc)
+        return self._stop("engine", ended.error or "stopped", ended.pc)
+
+    def _stop(self, kind: str, message: str, pc: int, walk: Walk | None = None) -> Stop:
+        return Stop(kind, message, pc, self.describe(pc), walk, self._around(pc), self._backtrace())
+
+    def _word(self, va: int) -> int:
+        """The instruction at `va`, 0 where it cannot be read."""
+        try:
+            return self.word_at(va)
+        except (ValueError, NoMemory):
+            return 0
+
+    def _around(self, pc: int) -> tuple[str, ...]:
+        """Four instructions before and three after, the one at `pc` marked."""
+        lines = []
+        for at in range(pc - 16, pc + 16, 4):
+            word = self._word(at)
+            if word or at == pc:
+                mark = "=>" if at == pc else "  "
+                lines.append(f"{mark} {self.describe(at)}: {disassemble(word, at)}")
+        return tuple(lines)
+
+    def _backtrace(self, depth: int = 16) -> tuple[str, ...]:
+        """Return addresses: LR, then the chain of frame records (AAPCS64) from X29."""
+        found, frame = [self.cpu.read(engine.LR)], self.cpu.read(engine.FP)
+        for _ in range(depth):
+            try:
+                frame, address = self.word_at(frame, 8), self.word_at(frame + 8, 8)
+            except (ValueError, NoMemory):
+                break
+            found.append(address)
+        unique = [a for i, a in enumerate(found) if a and a != self.plan.landing and (not i or a != found[i - 1])]
+        return tuple(self.describe(address) for address in unique)
+
+
+def _outcome(walk: Walk) -> str:
+    if walk.ok:
+        return "the tables allow it now (a stale TLB entry, or a check that Unicorn makes and the tables do not)"
+    return str(walk.result)
+
+
+_EXCEPTIONS = {
+    engine.UNDEFINED: ("undefined", "undefined instruction"),
+    engine.SVC: ("exception", "svc"),
+    engine.HVC: ("exception", "hvc"),
+    engine.SMC: ("exception", "smc"),
+}
+
+
+class _Before(NamedTuple):
+    """Table words before a run, and how many pages the page pool had given."""
+
+    mark: Mark
+    pages_given: int
+
+
+class _Budget:
+    """A limit on basic blocks, counted by a hook that lives as long as the call."""
+
+    def __init__(self, cpu: Cpu, limit: int) -> None:
+        if limit <= 0:
+            raise ValueError(f"blocks={limit}: must be more than 0")
+        self.limit, self.count, self._cpu = limit, 0, cpu
+        self._handle = cpu.on_block(self._tick)
+        cpu.flush_code()
+
+    def _tick(self, _: int) -> bool:
+        self.count += 1
+        return not self.spent
+
+    @property
+    def spent(self) -> bool:
+        return self.count > self.limit
+
+    def close(self) -> None:
+        """Takes the hook away."""
+        self._cpu.remove(self._handle)
+        self._cpu.flush_code()
+
+
+# Kernels set up once in this process: machines share their memory until they write to it.
+_TEMPLATES: dict[tuple[object, ...], tuple[Frozen, coldboot.Plan, coldboot.SetUp, KernelImage]] = {}
+
+
+def _map_struct_pages(machine: Machine, made: coldboot.SetUp) -> None:
+    """Maps the struct pages of RAM where the kernel's own vmalloc_to_page looks for them.
+
+    Their place depends on the version, the VA bits and memstart_addr; the compiled code is asked, not a formula.
+    """
+    if machine.image is None or "vmalloc_to_page" not in machine.image.symbols:
+        return
+    plan = machine.plan
+    result = machine.call("vmalloc_to_page", plan.window)
+    if result.stop or not result.value:
+        return
+    first = result.value - (plan.window_pa - plan.ram[0]) // plan.page_size * coldboot.STRUCT_PAGE
+    coldboot.map_struct_pages(made, plan, first)

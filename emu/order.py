@@ -1,0 +1,73 @@
+"""Barriers and table writes in order (`record="order"`), without a hook on the whole kernel text.
+
+How: the CPU tells when a block has been translated, before it first runs. A block with a DSB, DMB or ISB that has no
+hook yet stops the run; the barrier gets one, translated code is dropped, and the run goes on from there. So only the
+barriers that really run are hooked (a hook on all of them costs 100 times the call), in kernel text, patched
+alternatives, modules and snippets alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from emu.engine import PC, Cpu, End, Ended
+from emu.trace import Barrier, Event, TableWrite, barrier_name
+
+
+class OrderRecorder:
+    """Records into `events` while `run` lasts. Barrier sites once seen are kept for the next run."""
+
+    def __init__(self, cpu: Cpu, read: Callable[[int, int], bytes]) -> None:
+        self._cpu = cpu
+        self._read = read
+        self._sites: dict[int, str] = {}
+        self._new: dict[int, str] = {}
+        self._skip: int | None = None
+        self.events: list[Event] = []
+
+    def run(self, pc: int, until: int, timeout: float | None, tables: list[tuple[int, int]]) -> Ended:
+        """Runs like `Cpu.run`; writes to PA ranges `tables` (PA, bytes) are table writes."""
+        self.events = []
+        cpu, deadline = self._cpu, None if timeout is None else time.monotonic() + timeout
+        hooks = [cpu.on_write(self._on_write, base, base + size - 1) for base, size in tables if size]
+        hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._sites]
+        hooks.append(cpu.on_new_block(self._on_new_block))
+        cpu.flush_code()
+        try:
+            while True:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                ended = cpu.run(pc, until, left)
+                if not self._new or ended.end is not End.STOPPED:
+                    return ended
+                hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._new]
+                self._sites |= self._new
+                self._new = {}
+                cpu.flush_code()
+                pc = cpu.read(PC)
+        finally:
+            for hook in hooks:
+                cpu.remove(hook)
+            cpu.flush_code()
+
+    def note(self, event: Event) -> None:
+        """Adds an event that another hook saw."""
+        self.events.append(event)
+
+    def _on_new_block(self, pc: int, size: int) -> bool:
+        words = np.frombuffer(self._read(pc, size // 4 * 4), "<u4")
+        for i in np.flatnonzero(words & np.uint32(0xFFFFF01F) == np.uint32(0xD503301F)):
+            name = barrier_name(int(words[i]))
+            if name and pc + 4 * int(i) not in self._sites:
+                self._new[pc + 4 * int(i)] = name
+        return not self._new
+
+    def _on_barrier(self, pc: int) -> bool:
+        self.events.append(Barrier(self._sites[pc], pc))
+        return True
+
+    def _on_write(self, pa: int, size: int, value: int) -> bool:
+        self.events.append(TableWrite(pa, value & (1 << 8 * size) - 1, self._cpu.read(PC)))
+        return True
