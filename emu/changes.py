@@ -1,21 +1,23 @@
 """Descriptors that a run changed: found by comparing table pages before and after, decoded when asked.
 
 Rules of this file:
-- Arrays hold everything; a `Change` is made for one element when it is looked at.
+- Two copies of the table pages are all that a run costs; arrays are made when asked for, and a `Change` for one
+  element when it is looked at.
 - A page's level and VA come from the tree as it is afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from pgtable import Format
 from pgtable.bits import Words
-from pgtable.leaves import Tables
-from pgtable.memory import WordChanges
+from pgtable.leaves import Levels, Tables
+from pgtable.memory import Mark, difference
 
 
 class Change(NamedTuple):
@@ -48,22 +50,51 @@ class Change(NamedTuple):
 class Changes(Sequence[Change]):
     """The changed descriptors in PA order; `va`, `pa`, `old`, `new` uint64 and `level` int8, all of shape (n,).
 
-    `level` is -128 where no tree reaches the page; `va` is then 0.
+    `before` and `after` are copies of the pages that may hold tables; `tables` is where the tree's tables are after.
+    The comparison is made when it is first asked for. A page that was given out in between (`after` has it, `before`
+    has not) counts only if the tree reaches it. `level` is -128, and `va` 0, for a word that no tree reaches.
     """
 
     UNREACHED = -128
 
-    def __init__(self, words: WordChanges, fmt: Format, tables: Tables | None) -> None:
-        self.pa, self.old, self.new = words
+    def __init__(self, before: Mark, after: Mark, fmt: Format, tables: Tables | None) -> None:
+        self._before, self._after, self._tables = before, after, tables
         self.fmt = fmt
-        self.va, self.level = _places(words.pa, fmt, tables)
 
-    def reached(self) -> Changes:
-        """Those in table pages that the tree reaches."""
-        keep = self.level != self.UNREACHED
-        rest = Changes(WordChanges(self.pa[keep], self.old[keep], self.new[keep]), self.fmt, None)
-        rest.va, rest.level = self.va[keep], self.level[keep]
-        return rest
+    @cached_property
+    def _columns(self) -> tuple[Words, Words, Words, Words, Levels]:
+        pa, old, new = difference(self._before, self._after)
+        va, level = _places(pa, self.fmt, self._tables)
+        columns = (pa, old, new, va, level)
+        if self._before.ranges == self._after.ranges:
+            return columns
+        pa, old, new, va, level = (column[level != self.UNREACHED] for column in columns)
+        return pa, old, new, va, level
+
+    @property
+    def pa(self) -> Words:
+        """Where each descriptor is."""
+        return self._columns[0]
+
+    @property
+    def old(self) -> Words:
+        """The descriptors before."""
+        return self._columns[1]
+
+    @property
+    def new(self) -> Words:
+        """The descriptors after."""
+        return self._columns[2]
+
+    @property
+    def va(self) -> Words:
+        """The lowest VA that each translates."""
+        return self._columns[3]
+
+    @property
+    def level(self) -> Levels:
+        """The level of each."""
+        return self._columns[4]
 
     def __len__(self) -> int:
         return len(self.pa)
@@ -91,7 +122,7 @@ class Changes(Sequence[Change]):
         return f"<{len(self)} changed descriptors>"
 
 
-def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Any]:
+def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Levels]:
     """VA and level of the descriptors at `pa`, found through the table pages they are in."""
     page = fmt.granule.page_size
     va = np.zeros(len(pa), np.uint64)

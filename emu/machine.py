@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from emu import coldboot, engine
 from emu.changes import Changes
 from emu.engine import Cpu, End, Ended, SystemInstruction
@@ -27,7 +25,7 @@ from emu.order import OrderRecorder
 from emu.trace import Barrier, Event, Maintenance, tlbi_name
 from pgtable import CPUS, Access, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
 from pgtable.leaves import tables as tables_of
-from pgtable.memory import PAGE, Frozen, Mark, Pages, WordChanges
+from pgtable.memory import PAGE, Frozen, Mark, Pages
 
 _U64 = (1 << 64) - 1
 BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
@@ -263,7 +261,10 @@ class Machine:
         if record not in ("changes", "order", "nothing"):
             raise ValueError(f"record={record!r}: must be 'changes', 'order' or 'nothing'")
         self._now = _Run()
-        before = self._mark()
+        before = self._mark() if record != "nothing" else None
+        if before is None:
+            self._known = None
+            self.cpu.flush_tlb()
         budget = _Budget(self.cpu, blocks) if blocks is not None else None
         try:
             if record == "order":
@@ -276,7 +277,7 @@ class Machine:
         stop = self._now.stop or self._stop_for(ended, budget)
         return CallResult(
             value=self.cpu.read(engine.X[0]),
-            changes=self._changes(before) if record != "nothing" else self._no_changes(),
+            changes=self._changes(before) if before else Changes(_NOTHING, _NOTHING, self.tables.fmt, None),
             maintenance=tuple(self._now.maintenance),
             warnings=tuple(self._now.warnings),
             stop=stop,
@@ -365,28 +366,17 @@ class Machine:
         given = pages[1] if whole else self._pages_given * self.plan.page_size
         return [self.tables.used, self.user.used, (pages[0], given)]
 
-    def _mark(self) -> _Before:
+    def _mark(self) -> Mark:
+        """The table words now; a change since the guest last ran was made by Python and is shown to the CPU."""
         mark = self.memory.mark([r for r in self._table_ranges() if r[1]])
         if self._known is None or not self._known.same_as(mark):
             self.cpu.flush_tlb()
-        return _Before(mark, self._pages_given)
+        return mark
 
-    def _changes(self, before: _Before) -> Changes:
-        words = self.memory.changes(before.mark)
-        page = self.plan.page_size
-        given = self._pages_given - before.pages_given
-        if given:  # pages that became tables during the run were zeros before
-            words = words.joined(self.memory.nonzero(self.plan.pages[0] + before.pages_given * page, given * page))
-        if not len(words.pa):
-            self._known = before.mark
-            return self._no_changes()
+    def _changes(self, before: Mark) -> Changes:
         self._known = self.memory.mark([r for r in self._table_ranges() if r[1]])
-        found = Changes(words, self.tables.fmt, tables_of(self.memory, self.registers()))
-        return found.reached() if given else found
-
-    def _no_changes(self) -> Changes:
-        none = np.zeros(0, np.uint64)
-        return Changes(WordChanges(none, none, none), self.tables.fmt, None)
+        tables = None if self._known.same_as(before) else tables_of(self.memory, self.registers())
+        return Changes(before, self._known, self.tables.fmt, tables)
 
     # what hooks do
 
@@ -501,11 +491,7 @@ _EXCEPTIONS = {
 }
 
 
-class _Before(NamedTuple):
-    """Table words before a run, and how many pages the page pool had given."""
-
-    mark: Mark
-    pages_given: int
+_NOTHING = Mark((), ())
 
 
 class _Budget:

@@ -83,12 +83,24 @@ class WordChanges(NamedTuple):
     old: Words
     new: Words
 
-    def joined(self, other: WordChanges) -> WordChanges:
-        """These and others, in address order."""
-        pa = np.concatenate((self.pa, other.pa))
-        order = np.argsort(pa, kind="stable")
-        rest = (np.concatenate(pair)[order] for pair in ((self.old, other.old), (self.new, other.new)))
-        return WordChanges(pa[order], *rest)
+
+def difference(before: Mark, after: Mark) -> WordChanges:
+    """The words that differ between two marks, in address order; what only `after` has was 0 before."""
+    earlier = {pa: copy for (pa, _), copy in zip(before.ranges, before.copies, strict=True)}
+    pas, olds, news = [], [], []
+    for (pa, n), now in zip(after.ranges, after.copies, strict=True):
+        old = earlier.get(pa, _NONE)
+        old = old if len(old) == n else np.concatenate((old[:n], np.zeros(n - min(n, len(old)), np.uint64)))
+        where = np.flatnonzero(now != old)
+        pas.append(where.astype(np.uint64) * np.uint64(8) + np.uint64(pa))
+        olds.append(old[where])
+        news.append(now[where])
+    joined = [_joined(part) for part in (pas, olds, news)]
+    order = np.argsort(joined[0], kind="stable")
+    return WordChanges(*(part[order] for part in joined))
+
+
+_NONE = np.zeros(0, np.uint64)
 
 
 class PhysicalMemory:
@@ -254,21 +266,7 @@ class PhysicalMemory:
 
     def changes(self, since: Mark) -> WordChanges:
         """The words of a mark's ranges that are different now, in address order."""
-        pas, olds, news = [], [], []
-        for (pa, n), copy in zip(since.ranges, since.copies, strict=True):
-            now = self.words(pa, n)
-            where = np.flatnonzero(now != copy)
-            pas.append(where.astype(np.uint64) * np.uint64(8) + np.uint64(pa))
-            olds.append(copy[where])
-            news.append(now[where])
-        return WordChanges(*(_joined(part) for part in (pas, olds, news)))
-
-    def nonzero(self, pa: int, size: int) -> WordChanges:
-        """The words of [pa, pa + size) that are not 0, as changes from 0."""
-        words = self.words(pa, size // 8)
-        where = np.flatnonzero(words)
-        pas = where.astype(np.uint64) * np.uint64(8) + np.uint64(pa)
-        return WordChanges(pas, np.zeros(len(where), np.uint64), words[where])
+        return difference(since, Mark(since.ranges, tuple(self.words(pa, n) for pa, n in since.ranges)))
 
     def restore(self, mark: Mark) -> None:
         """Puts a mark's words back."""

@@ -31,6 +31,9 @@ from pgtable.registers import (
 )
 
 
+RANGE_BIT = 1 << 55  # of a VA: which half of the VA space it is in (pseudocode GetVARange)
+
+
 class Regime(Enum):
     """A translation regime; the value is its name on the command line."""
 
@@ -93,7 +96,7 @@ class WalkParams:
     @classmethod
     def of(cls, regs: Registers, regime: Regime, va: int) -> WalkParams:
         """The parameters for the half of `regime` that `va` is in (bit 55); kept with `regs`."""
-        upper = bool(va >> 55 & 1) and regime.has_el0
+        upper = bool(va & RANGE_BIT) and regime.has_el0
         params = regs._params.get((regime, upper))
         if params is None:
             params = regs._params[regime, upper] = _read(regs, regime, upper)
@@ -159,6 +162,11 @@ class WalkParams:
     def fetch_range_mask(self) -> int:
         """The same for instruction fetches: TBID gives them back the top byte."""
         return (1 << 64) - (1 << self.ia_bits) if self.tbid else self.data_range_mask
+
+    def physical_range_mask(self, fetch: bool) -> int:
+        """VA bits that must be 0 with the MMU off: those beyond the PA size (pseudocode AArch64.S1DisabledOutput)."""
+        top = 55 if self.tbi and not (self.tbid and fetch) else 63
+        return (1 << top + 1) - (1 << self.features.pa_bits)
 
     @cached_property
     def inherited_mask(self) -> int:
