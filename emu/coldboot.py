@@ -11,8 +11,7 @@ Sources: arch/arm64/include/asm/memory.h, mm/mmu.c map_mem, kernel/head.S; facts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +48,7 @@ class Plan:
     pool: tuple[int, int]
     user_pool: tuple[int, int]
     pages: tuple[int, int]
+    struct_pool: tuple[int, int]  # tables that map struct pages
     window: int  # VA of the vmalloc window
     window_pa: int
     linear: int  # VA of the start of RAM in the linear map
@@ -165,7 +165,8 @@ def _plan(page: int, va_bits: int, ram: int, window: int, memstart: int, table_p
     pool = (RAM_BASE + ram - table_pool, table_pool)
     user_pool = (pool[0] - USER_POOL, USER_POOL)
     pages = (user_pool[0] - table_pool // 4, table_pool // 4)
-    vmemmap_pa = (pages[0] - ram // page * STRUCT_PAGE) & -page
+    struct_pool = (pages[0] - USER_POOL, USER_POOL)
+    vmemmap_pa = (struct_pool[0] - ram // page * STRUCT_PAGE) & -page
     return Plan(
         page_size=page,
         va_bits=va_bits,
@@ -174,6 +175,7 @@ def _plan(page: int, va_bits: int, ram: int, window: int, memstart: int, table_p
         pool=pool,
         user_pool=user_pool,
         pages=pages,
+        struct_pool=struct_pool,
         window=window,
         window_pa=vmemmap_pa - WINDOW_PAGES * page,
         linear=(1 << 64) - (1 << va_bits),
@@ -186,26 +188,58 @@ def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-class SetUp(NamedTuple):
-    """What a plan became: memory, the builders of the upper and the lower half, the registers."""
+@dataclass(frozen=True)
+class SetUp:
+    """What a plan became: memory, the builders of the upper and the lower half, the registers.
 
+    `struct_pages`: VA of the struct page of the first page of RAM, once they are mapped.
+    """
+
+    plan: Plan
     memory: PhysicalMemory
     tables: TableBuilder
     user: TableBuilder
     registers: Registers
+    struct_pages: int | None = None
+
+    def on(self, memory: PhysicalMemory) -> SetUp:
+        """The same over a copy of its memory."""
+        return replace(self, memory=memory, tables=self.tables.on(memory), user=self.user.on(memory))
+
+
+class Template:
+    """A set-up that any number of machines start from; each gets its memory copy on write."""
+
+    def __init__(self, made: SetUp) -> None:
+        self._made = made
+        self._frozen = made.memory.freeze()
+
+    def thaw(self) -> SetUp:
+        """A fresh copy."""
+        return self._made.on(self._frozen.thaw())
+
+
+_TEMPLATES: dict[tuple[object, ...], Template] = {}
+
+
+def template(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = None, ng: bool = False) -> Template:
+    """The cold boot of `image`, made once in a process."""
+    key = (id(image), image.release, ram, va_bits, ng)
+    if key not in _TEMPLATES:
+        _TEMPLATES[key] = Template(set_up(image, make_plan(image, ram=ram, va_bits=va_bits), ng=ng))
+    return _TEMPLATES[key]
 
 
 def set_up(image: KernelImage, plan: Plan, *, ng: bool = False) -> SetUp:
     """RAM with the image and its tables."""
-    memory = PhysicalMemory(plan.ram)
+    memory = PhysicalMemory.staged(plan.ram)
     padded = np.zeros(_up(len(image.data), 8), np.uint8)
     padded[: len(image.data)] = image.data
     memory.words(plan.image_pa, len(padded) // 8)[:] = padded.view(np.uint64)
     made = _trees(memory, plan, Granule(image.layout.page_shift))
-    made.tables.map(
-        image.base, plan.image_pa, _up(image.size, BLOCK), template=protections(made.tables.fmt, ng=ng).execute
-    )
-    _map(plan, made.tables, protections(made.tables.fmt, ng=ng))
+    prot = protections(made.tables.fmt, ng=ng)
+    made.tables.map(image.base, plan.image_pa, _up(image.size, BLOCK), template=prot.execute)
+    _map(plan, made.tables, prot)
     _set_variables(image, plan, memory, made.tables, ng)
     return made
 
@@ -216,14 +250,17 @@ def _trees(memory: PhysicalMemory, plan: Plan, granule: Granule) -> SetUp:
     tables = TableBuilder(memory, plan.pool, fmt=fmt, va_bits=plan.va_bits, upper=True, UXNTable=1)
     user.map(plan.user_code, plan.user_code_pa, plan.page_size, level=3, AP=3, PXN=1, AF=1, SH=3, UXN=0, nG=1)
     user.map(plan.user_data, plan.user_data_pa, 16 * plan.page_size, level=3, AP=1, PXN=1, UXN=1, AF=1, SH=3, nG=1)
-    return SetUp(memory, tables, user, registers(plan, granule, tables.root, user.root))
+    return SetUp(plan, memory, tables, user, registers(plan, granule, tables.root, user.root))
 
 
-def map_struct_pages(made: SetUp, plan: Plan, first: int) -> None:
-    """Maps the struct pages of RAM, the first of which is at VA `first`."""
-    page = plan.page_size
-    size = _up(plan.ram[1] // page * STRUCT_PAGE, page)
-    made.tables.map(first, plan.vmemmap_pa, size, level=3, template=protections(made.tables.fmt).kernel)
+def map_struct_pages(made: SetUp, first: int) -> SetUp:
+    """Maps the struct pages of RAM, the first of which is at VA `first`, with tables from a pool of their own."""
+    plan = made.plan
+    size = _up(plan.ram[1] // plan.page_size * STRUCT_PAGE, plan.page_size)
+    builder = made.tables.on(made.memory)
+    builder.pool, builder.next_free = plan.struct_pool, plan.struct_pool[0]
+    builder.map(first, plan.vmemmap_pa, size, level=3, template=protections(made.tables.fmt).kernel)
+    return replace(made, struct_pages=first)
 
 
 BARE_RAM = 16 << 20

@@ -25,7 +25,7 @@ from emu.order import OrderRecorder
 from emu.trace import Barrier, Event, Maintenance, tlbi_name
 from pgtable import CPUS, Access, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
 from pgtable.leaves import tables as tables_of
-from pgtable.memory import PAGE, Frozen, Mark, Pages
+from pgtable.memory import PAGE, Mark, Pages
 
 _U64 = (1 << 64) - 1
 BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
@@ -110,26 +110,21 @@ class Machine:
     `memory`: PhysicalMemory. `tables`: the TableBuilder of the kernel's half. `plan`: where things are.
     """
 
-    def __init__(
-        self,
-        frozen: Frozen,
-        plan: coldboot.Plan,
-        set_up: coldboot.SetUp,
-        image: KernelImage | None = None,
-    ) -> None:
-        self.memory: PhysicalMemory = frozen.thaw()
-        self.plan = plan
+    def __init__(self, made: coldboot.SetUp, image: KernelImage | None = None) -> None:
+        self.memory: PhysicalMemory = made.memory
+        self.plan = made.plan
         self.image = image
-        self.tables = set_up.tables.on(self.memory)
-        self.user = set_up.user.on(self.memory)
-        self.cpu = Cpu(self.memory, page_size=plan.page_size)
+        self.tables = made.tables
+        self.user = made.user
+        self.cpu = Cpu(self.memory, page_size=self.plan.page_size)
         self.stubs: dict[int, Callable[[Machine], int | None]] = {}
         self._warned: set[int] = set()
         self._now = _Run()
         self._order = OrderRecorder(self.cpu, self.read)
         self._known: Mark | None = None  # table words when the guest last ran
         self._pages_given = 0
-        self._start(set_up.registers)
+        self._struct_pages = made.struct_pages
+        self._start(made.registers)
 
     @classmethod
     def boot(
@@ -140,20 +135,18 @@ class Machine:
         Raises BootError, or ImageError for a kernel that cannot be loaded.
         """
         image = KernelImage.load(image) if isinstance(image, str) else image
-        key = (image.base, image.release, id(image), ram, va_bits, ng)
-        if key not in _TEMPLATES:
-            plan = coldboot.make_plan(image, ram=ram, va_bits=va_bits)
-            made = coldboot.set_up(image, plan, ng=ng)
-            _map_struct_pages(cls(made.memory.freeze(), plan, made, image), made)
-            _TEMPLATES[key] = (made.memory.freeze(), plan, made, image)
-        return cls(*_TEMPLATES[key])
+        cold = coldboot.template(image, ram=ram, va_bits=va_bits, ng=ng)
+        if cold not in _STRUCT_PAGES:
+            _STRUCT_PAGES[cold] = _struct_pages(cls(cold.thaw(), image))
+        made = cold.thaw()
+        first = _STRUCT_PAGES[cold]
+        return cls(made if first is None else coldboot.map_struct_pages(made, first), image)
 
     @classmethod
     def bare(cls, *, ram: int = coldboot.BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48) -> Machine:
         """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot."""
         plan = coldboot.bare_plan(ram=ram, granule=granule, va_bits=va_bits)
-        made = coldboot.bare_set_up(plan, granule)
-        return cls(made.memory.freeze(), plan, made)
+        return cls(coldboot.Template(coldboot.bare_set_up(plan, granule)).thaw())
 
     def _start(self, regs: Registers) -> None:
         for name in ("MAIR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1"):
@@ -360,6 +353,12 @@ class Machine:
         self.memory.words(pa, self.plan.page_size // 8)[:] = 0
         return pa
 
+    def struct_page(self, pa: int) -> int:
+        """The kernel's struct page of a page of RAM, as its own vmalloc_to_page says. Raises ValueError without it."""
+        if self._struct_pages is None:
+            raise ValueError("this machine has no struct pages mapped")
+        return self._struct_pages + (pa - self.plan.ram[0]) // self.plan.page_size * coldboot.STRUCT_PAGE
+
     def _table_ranges(self, *, whole: bool = False) -> list[tuple[int, int]]:
         """PA ranges that may hold tables: what the builders and the page pool have given out, or all of them."""
         pages = self.plan.pages
@@ -518,20 +517,19 @@ class _Budget:
         self._cpu.flush_code()
 
 
-# Kernels set up once in this process: machines share their memory until they write to it.
-_TEMPLATES: dict[tuple[object, ...], tuple[Frozen, coldboot.Plan, coldboot.SetUp, KernelImage]] = {}
+# Where each cold kernel of this process has its struct pages.
+_STRUCT_PAGES: dict[coldboot.Template, int | None] = {}
 
 
-def _map_struct_pages(machine: Machine, made: coldboot.SetUp) -> None:
-    """Maps the struct pages of RAM where the kernel's own vmalloc_to_page looks for them.
+def _struct_pages(machine: Machine) -> int | None:
+    """The VA of the struct page of the first page of RAM; None for an image that cannot say.
 
-    Their place depends on the version, the VA bits and memstart_addr; the compiled code is asked, not a formula.
+    It depends on the version, the VA bits and memstart_addr: the compiled vmalloc_to_page is asked, not a formula.
     """
     if machine.image is None or "vmalloc_to_page" not in machine.image.symbols:
-        return
+        return None
     plan = machine.plan
     result = machine.call("vmalloc_to_page", plan.window)
     if result.stop or not result.value:
-        return
-    first = result.value - (plan.window_pa - plan.ram[0]) // plan.page_size * coldboot.STRUCT_PAGE
-    coldboot.map_struct_pages(made, plan, first)
+        return None
+    return result.value - (plan.window_pa - plan.ram[0]) // plan.page_size * coldboot.STRUCT_PAGE

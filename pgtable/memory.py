@@ -55,6 +55,7 @@ class Region(NamedTuple):
     raw: memoryview  # the same bytes as unsigned 64-bit ints: reads give int, not a numpy scalar
     buffer: mmap.mmap  # the same bytes as bytes
     private: bool = False  # thawed: a page is its own only once it is written
+    file: int = -1  # staged: the file that holds the content
 
     @property
     def address(self) -> int:
@@ -125,6 +126,16 @@ class PhysicalMemory:
             memory._adopt(origin, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
         return memory
 
+    @classmethod
+    def staged(cls, *regions: tuple[int, int]) -> PhysicalMemory:
+        """Zero-filled RAM to be filled and then frozen: `freeze` copies nothing. Not to be written after that."""
+        memory = cls()
+        for base, size in regions:
+            memory._check(base, size)
+            file = _file(base, size)
+            memory._adopt(base, mmap.mmap(file, size), file=file)
+        return memory
+
     def add(self, base: int, size: int) -> None:
         """Adds zero-filled RAM at PAs [base, base + size)."""
         self._check(base, size)
@@ -139,7 +150,7 @@ class PhysicalMemory:
             if base < region.base + region.size and region.base < base + size:
                 raise ValueError(f"RAM at {base:#x}, {size:#x} bytes overlaps the region at {region.base:#x}")
 
-    def _adopt(self, base: int, buffer: mmap.mmap, *, private: bool = False) -> None:
+    def _adopt(self, base: int, buffer: mmap.mmap, *, private: bool = False, file: int = -1) -> None:
         self._check(base, len(buffer))
         region = Region(
             base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer, private
@@ -199,9 +210,7 @@ class PhysicalMemory:
         there = np.zeros(len(pas), np.bool_)
         index = np.arange(n)
         for base, size, words, *_ in self.regions:
-            inside = (
-                (pas >= np.uint64(base)) & (pas < np.uint64(base + size)) & (pas <= np.uint64(base + size - 8 * n))
-            )
+            inside = (pas >= np.uint64(base)) & (pas < np.uint64(base + size)) & (pas <= np.uint64(base + size - 8 * n))
             if inside.any():
                 start = ((pas[inside] - np.uint64(base)) >> np.uint64(3)).astype(np.int64)
                 out[inside] = words[start[:, None] + index]
@@ -311,10 +320,17 @@ def _private_pages(region: Region) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.repeat(own, host_page // PAGE))
 
 
+def _file(base: int, size: int) -> int:
+    file = os.memfd_create(f"ram-{base:x}")
+    os.truncate(file, size)
+    return file
+
+
 def _saved(region: Region) -> tuple[int, int, int]:
     """A region's content in an anonymous file; pages of zeros stay holes in it."""
-    file = os.memfd_create(f"ram-{region.base:x}")
-    os.truncate(file, region.size)
+    if region.file >= 0:
+        return region.base, region.size, region.file
+    file = _file(region.base, region.size)
     pages = region.words.reshape(-1, PAGE // 8)
     used = np.flatnonzero(pages.any(axis=1))
     for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1) if len(used) else []:

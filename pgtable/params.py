@@ -30,7 +30,6 @@ from pgtable.registers import (
     Registers,
 )
 
-
 RANGE_BIT = 1 << 55  # of a VA: which half of the VA space it is in (pseudocode GetVARange)
 
 

@@ -1,0 +1,222 @@
+"""A kernel function run for real, against what kernel_model said it would do.
+
+Rules of this file:
+- The prediction is made first, on a copy of the same memory, by code that has not seen the machine run.
+- A `Case` says how the tables are prepared and which call is made; nothing else differs between cases.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emu import coldboot
+from emu.image import KernelImage
+from kernel_model import mm, pageattr
+from kernel_model.compare import Difference, Outcome, Word, compare
+from kernel_model.levels import Levels
+from kernel_model.mm import Barrier, Event, Kernel, Tlbi, Warn, Write
+from kernel_model.names import Bits
+from kernel_model.pagewalk import MmWalk, MmWalkOps, walk_pgd_range
+from kernel_model.variants import Variant, detect
+from pgtable import PhysicalMemory
+from pgtable.bits import Layout
+from pgtable.build import TableBuilder
+from pgtable.leaves import tables as tables_of
+from pgtable.memory import Mark, difference
+
+if TYPE_CHECKING:
+    from emu.machine import CallResult, Machine
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of set_memory_valid."""
+
+    addr: int
+    numpages: int
+    enable: int
+    function: str = "set_memory_valid"
+
+    def __str__(self) -> str:
+        return f"{self.function}({self.addr:#018x}, {self.numpages}, {self.enable})"
+
+
+Prepare = Callable[[TableBuilder, coldboot.Plan], Call]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check: `prepare` maps what it needs and says what to call. `pages`: the allocator stub has pages to give."""
+
+    name: str
+    prepare: Prepare
+    ng: bool = False
+    blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished check."""
+
+    kernel: str
+    release: str
+    variant: str
+    call: Call
+    predicted: Outcome
+    real: Outcome
+    result: CallResult
+    walk: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    layout: Callable[[int, int], Layout]
+
+
+def variant_of(image: KernelImage) -> Variant:
+    """The model's row for an image, by what is in it."""
+    return detect(image.symbols, image.btf.has)
+
+
+def run_case(image: KernelImage, case: Case, variant: Variant | None = None) -> Report:
+    """Predicts a case, runs it, compares. `variant`: the model to use, by default the one the image asks for."""
+    variant = variant or variant_of(image)
+    made = coldboot.template(image, ng=case.ng).thaw()
+    call = case.prepare(made.tables, made.plan)
+    kernel = kernel_of(image, made, variant, ng=case.ng)
+    walk = walk_lines(kernel, call.addr, call.numpages)
+    predicted = predict(kernel, made, call)
+
+    from emu.machine import Machine  # the engine is loaded only after the prediction
+
+    machine = Machine.boot(image, ng=case.ng)
+    case.prepare(machine.tables, machine.plan)
+    stub_allocator(machine)
+    result = machine.call(call.function, call.addr, call.numpages, call.enable, record="order", blocks=case.blocks)
+    real = observed(result)
+    differences = compare(predicted, real, made.tables.fmt.layout)
+    return Report(
+        image.name,
+        image.release,
+        variant.name,
+        call,
+        predicted,
+        real,
+        result,
+        walk,
+        tuple(differences),
+        made.tables.fmt.layout,
+    )
+
+
+def kernel_of(image: KernelImage, made: coldboot.SetUp, variant: Variant, *, ng: bool = False) -> Kernel:
+    """The model's kernel over a copy of the machine's memory."""
+    layout, plan = image.layout, made.plan
+    levels = Levels(layout.page_shift, layout.levels, layout.va_bits, plan.va_bits)
+    bits = Bits.of(made.tables.fmt, variant, ng_mappings=ng)
+    given = iter(range(plan.pages[0], sum(plan.pages), plan.page_size))
+    flags = made.tables.fmt.table(2).pack(UXNTable=1, AF=int(variant.walks))
+    return Kernel(made.memory, made.tables.root, levels, bits, allocate=lambda: next(given, None), table_flags=flags)
+
+
+def predict(kernel: Kernel, made: coldboot.SetUp, call: Call) -> Outcome:
+    """What the model says the call does; `kernel.memory` is left as the model leaves it."""
+    ranges = [made.tables.used, made.plan.pages]
+    mark = kernel.memory.mark(ranges)
+    stop, value = "", 0
+    try:
+        value = pageattr.set_memory_valid(kernel, call.addr, call.numpages, call.enable)
+    except (mm.Runaway, LookupError):
+        stop = "runaway"
+    words = _words(kernel.memory, mark, kernel.memory.mark(ranges), made)
+    return Outcome(value, words, tuple(kernel.events), stop)
+
+
+def _words(memory: PhysicalMemory, before: Mark, after: Mark, made: coldboot.SetUp) -> dict[int, Word]:
+    """Changed descriptors with their place in the tree as it is afterwards."""
+    from emu.changes import Changes
+
+    if not len(difference(before, after).pa):
+        return {}
+    changes = Changes(before, after, made.tables.fmt, tables_of(memory, made.registers))
+    return {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in changes}
+
+
+def observed(result: CallResult) -> Outcome:
+    """The outcome of a real call."""
+    words = {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in result.changes}
+    events: list[Event] = [e for e in (_event(e) for e in result.events or ()) if e is not None]
+    events += [Warn(w.site.partition("+")[0]) for w in result.warnings]
+    stop = "" if result.stop is None else "runaway" if result.stop.kind in ("budget", "timeout", "fault") else "stopped"
+    return Outcome(result.signed, words, tuple(events), stop)
+
+
+def _event(event: Any) -> Event | None:
+    """A recorded event in the model's terms; None for a DMB, which says nothing to the walker."""
+    from emu import trace
+
+    if isinstance(event, trace.Maintenance):
+        return Tlbi(event.operation, event.operand)
+    if isinstance(event, trace.Barrier):
+        return None if event.name.startswith("dmb") else Barrier(event.name)
+    return Write(event.pa, event.value)
+
+
+# The page allocator's entry points, by the names they had: what a cold machine has no memory for.
+ALLOCATORS = ("__alloc_pages", "__alloc_pages_noprof", "alloc_pages_noprof")
+STATISTICS = ("__mod_lruvec_page_state", "__lruvec_stat_mod_folio")
+
+
+def stub_allocator(machine: Machine) -> None:
+    """Gives the page allocator pages from the machine's pool, and stubs the statistics of page tables."""
+    assert machine.image
+    for name in ALLOCATORS:
+        if name in machine.image.symbols:
+            machine.stub(name, _allocate)
+    for name in STATISTICS:
+        if name in machine.image.symbols:
+            machine.stub(name, lambda _: 0)
+
+
+def _allocate(machine: Machine) -> int:
+    return machine.struct_page(machine.give_page())
+
+
+def walk_lines(kernel: Kernel, addr: int, numpages: int) -> tuple[str, ...]:
+    """What a walk of the range sees, callback by callback."""
+    lines: list[str] = []
+
+    def entry(name: str) -> Callable[[int, int, int, MmWalk], int]:
+        def seen(pa: int, start: int, end: int, walk: MmWalk) -> int:
+            lines.append(f"{name} [{start:#018x}, {end:#018x}) {kernel.read(pa):#018x}")
+            return 0
+
+        return seen
+
+    def hole(start: int, end: int, depth: int, walk: MmWalk) -> int:
+        lines.append(f"hole [{start:#018x}, {end:#018x}) depth {depth}")
+        return 0
+
+    ops = MmWalkOps(entry("pgd"), entry("p4d"), entry("pud"), entry("pmd"), entry("pte"), hole)
+    end = addr + numpages * kernel.levels.page_size
+    if numpages > 0:
+        copy = Kernel(kernel.memory, kernel.pgd, kernel.levels, kernel.bits, step_limit=1_000_000)
+        walk_pgd_range(addr & -kernel.levels.page_size, end & -kernel.levels.page_size, MmWalk(copy, ops))
+    return tuple(lines)
+
+
+def linear_pages(pages: int, enable: int) -> Case:
+    """The main job: `pages` pages of the linear map."""
+
+    def prepare(tables: TableBuilder, plan: coldboot.Plan) -> Call:
+        va = plan.linear_va(plan.ram[0] + plan.ram[1] // 2)
+        if enable:
+            tables.protect(va, pages * plan.page_size, VALID=0)
+        return Call(va, pages, enable)
+
+    return Case("linear map", prepare)
+
+
+def engine_loaded() -> bool:
+    """Unicorn has been imported in this process."""
+    return "unicorn" in sys.modules
