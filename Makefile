@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: run test check format lint types clean
 
 run: $(VENV)/.run-installed
-	@$(BIN)/pgtable demo
+	@$(BIN)/python -m emu.demo
 
 test: $(VENV)/.dev-installed
 	$(BIN)/pytest -q -n 2 -m '$(PYTEST_MARK)'

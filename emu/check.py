@@ -10,19 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from emu import coldboot
+from emu import coldboot, snippets
 from emu.image import KernelImage
 from kernel_model import mm, pageattr
-from kernel_model.compare import Difference, Outcome, Word, compare
+from kernel_model.compare import RUNAWAY, Difference, Outcome, Word, compare
 from kernel_model.levels import Levels
 from kernel_model.mm import Barrier, Event, Kernel, Tlbi, Warn, Write
 from kernel_model.names import Bits
 from kernel_model.pagewalk import MmWalk, MmWalkOps, walk_pgd_range
-from kernel_model.variants import Variant, detect
+from kernel_model.variants import Variant, by_name, detect
 from pgtable import PhysicalMemory
-from pgtable.bits import Layout
 from pgtable.build import TableBuilder
 from pgtable.leaves import tables as tables_of
 from pgtable.memory import Mark, difference
@@ -57,6 +56,94 @@ class Case:
     blocks: int | None = None
 
 
+class Subject(Protocol):
+    """What is checked: a kernel, or the snippet that stands in for one."""
+
+    name: str
+    release: str
+
+    def variant(self) -> Variant:
+        """The model's row for it."""
+        ...
+
+    def levels(self, plan: coldboot.Plan) -> Levels:
+        """Its levels of tables."""
+        ...
+
+    def thaw(self, *, ng: bool) -> coldboot.SetUp:
+        """A fresh set-up, before anything ran."""
+        ...
+
+    def machine(self, *, ng: bool) -> Machine:
+        """A machine to run it on."""
+        ...
+
+    def call(self, machine: Machine, call: Call, *, blocks: int | None) -> CallResult:
+        """The real call, its events in order."""
+        ...
+
+
+class KernelSubject:
+    """A kernel image."""
+
+    def __init__(self, image: KernelImage) -> None:
+        self.image, self.name, self.release = image, image.name, image.release
+
+    def variant(self) -> Variant:
+        """By what is in the image."""
+        return detect(self.image.symbols, self.image.btf.has)
+
+    def levels(self, plan: coldboot.Plan) -> Levels:
+        """From the image's layout and the VA bits of this run."""
+        layout = self.image.layout
+        return Levels(layout.page_shift, layout.levels, layout.va_bits, plan.va_bits)
+
+    def thaw(self, *, ng: bool) -> coldboot.SetUp:
+        """A cold boot."""
+        return coldboot.template(self.image, ng=ng).thaw()
+
+    def machine(self, *, ng: bool) -> Machine:
+        """A cold machine whose page allocator is a stub."""
+        from emu.machine import Machine
+
+        machine = Machine.boot(self.image, ng=ng)
+        stub_allocator(machine)
+        return machine
+
+    def call(self, machine: Machine, call: Call, *, blocks: int | None) -> CallResult:
+        """By the function's name."""
+        return machine.call(call.function, call.addr, call.numpages, call.enable, record="order", blocks=blocks)
+
+
+class SnippetSubject:
+    """Our own set_memory_valid, for a machine without a kernel: 6.1's design on four levels of 4K tables."""
+
+    name = release = "embedded snippet"
+
+    def variant(self) -> Variant:
+        """The snippet does what 6.1 does."""
+        return by_name("6.1")
+
+    def levels(self, plan: coldboot.Plan) -> Levels:
+        """Four levels, 48 bits."""
+        return Levels(12, 4, 48, plan.va_bits)
+
+    def thaw(self, *, ng: bool) -> coldboot.SetUp:
+        """A machine without a kernel, as Machine.bare makes it."""
+        return coldboot.bare_template().thaw()
+
+    def machine(self, *, ng: bool) -> Machine:
+        """The same as a machine."""
+        from emu.machine import Machine
+
+        return Machine.bare()
+
+    def call(self, machine: Machine, call: Call, *, blocks: int | None) -> CallResult:
+        """Run from the code page."""
+        code = bytes(snippets.load("set_memory_valid"))
+        return machine.run(code, call.addr, call.numpages, call.enable, record="order", blocks=blocks)
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished check."""
@@ -70,53 +157,44 @@ class Report:
     result: CallResult
     walk: tuple[str, ...]
     differences: tuple[Difference, ...]
-    layout: Callable[[int, int], Layout]
 
 
-def variant_of(image: KernelImage) -> Variant:
-    """The model's row for an image, by what is in it."""
-    return detect(image.symbols, image.btf.has)
-
-
-def run_case(image: KernelImage, case: Case, variant: Variant | None = None) -> Report:
-    """Predicts a case, runs it, compares. `variant`: the model to use, by default the one the image asks for."""
-    variant = variant or variant_of(image)
-    made = coldboot.template(image, ng=case.ng).thaw()
+def run_case(subject: Subject | KernelImage, case: Case, variant: Variant | None = None) -> Report:
+    """Predicts a case, runs it, compares. `variant`: the model to use, by default the one the kernel asks for."""
+    subject = KernelSubject(subject) if isinstance(subject, KernelImage) else subject
+    variant = variant or subject.variant()
+    made = subject.thaw(ng=case.ng)
     call = case.prepare(made.tables, made.plan)
-    kernel = kernel_of(image, made, variant, ng=case.ng)
+    kernel = kernel_of(subject.levels(made.plan), made, variant, ng=case.ng, steps=abs(call.numpages))
     walk = walk_lines(kernel, call.addr, call.numpages)
     predicted = predict(kernel, made, call)
 
-    from emu.machine import Machine  # the engine is loaded only after the prediction
-
-    machine = Machine.boot(image, ng=case.ng)
+    machine = subject.machine(ng=case.ng)  # the engine is loaded only now, after the prediction
     case.prepare(machine.tables, machine.plan)
-    stub_allocator(machine)
-    result = machine.call(call.function, call.addr, call.numpages, call.enable, record="order", blocks=case.blocks)
+    result = subject.call(machine, call, blocks=case.blocks)
     real = observed(result)
-    differences = compare(predicted, real, made.tables.fmt.layout)
-    return Report(
-        image.name,
-        image.release,
-        variant.name,
-        call,
-        predicted,
-        real,
-        result,
-        walk,
-        tuple(differences),
-        made.tables.fmt.layout,
-    )
+    differences = tuple(compare(predicted, real, made.tables.fmt.layout))
+    return Report(subject.name, subject.release, variant.name, call, predicted, real, result, walk, differences)
 
 
-def kernel_of(image: KernelImage, made: coldboot.SetUp, variant: Variant, *, ng: bool = False) -> Kernel:
+STEP_LIMIT = 100_000  # loop iterations of the model, besides those of the pages asked for
+
+
+def kernel_of(levels: Levels, made: coldboot.SetUp, variant: Variant, *, ng: bool = False, steps: int = 0) -> Kernel:
     """The model's kernel over a copy of the machine's memory."""
-    layout, plan = image.layout, made.plan
-    levels = Levels(layout.page_shift, layout.levels, layout.va_bits, plan.va_bits)
+    plan = made.plan
     bits = Bits.of(made.tables.fmt, variant, ng_mappings=ng)
     given = iter(range(plan.pages[0], sum(plan.pages), plan.page_size))
     flags = made.tables.fmt.table(2).pack(UXNTable=1, AF=int(variant.walks))
-    return Kernel(made.memory, made.tables.root, levels, bits, allocate=lambda: next(given, None), table_flags=flags)
+    return Kernel(
+        made.memory,
+        made.tables.root,
+        levels,
+        bits,
+        allocate=lambda: next(given, None),
+        table_flags=flags,
+        step_limit=STEP_LIMIT + 4 * steps,
+    )
 
 
 def predict(kernel: Kernel, made: coldboot.SetUp, call: Call) -> Outcome:
@@ -127,7 +205,7 @@ def predict(kernel: Kernel, made: coldboot.SetUp, call: Call) -> Outcome:
     try:
         value = pageattr.set_memory_valid(kernel, call.addr, call.numpages, call.enable)
     except (mm.Runaway, LookupError):
-        stop = "runaway"
+        stop = RUNAWAY
     words = _words(kernel.memory, mark, kernel.memory.mark(ranges), made)
     return Outcome(value, words, tuple(kernel.events), stop)
 
@@ -147,7 +225,7 @@ def observed(result: CallResult) -> Outcome:
     words = {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in result.changes}
     events: list[Event] = [e for e in (_event(e) for e in result.events or ()) if e is not None]
     events += [Warn(w.site.partition("+")[0]) for w in result.warnings]
-    stop = "" if result.stop is None else "runaway" if result.stop.kind in ("budget", "timeout", "fault") else "stopped"
+    stop = "" if result.stop is None else RUNAWAY if result.stop.kind in ("budget", "timeout", "fault") else "stopped"
     return Outcome(result.signed, words, tuple(events), stop)
 
 
@@ -205,16 +283,26 @@ def walk_lines(kernel: Kernel, addr: int, numpages: int) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def linear_pages(pages: int, enable: int) -> Case:
-    """The main job: `pages` pages of the linear map."""
+def linear_pages(pages: int, enable: int, *, keeps_present: bool = False) -> Case:
+    """The main job: `pages` pages of the linear map, invalid beforehand if they are to be made valid.
+
+    `keeps_present`: invalid pages are marked present-invalid (nG), as a 7.x kernel leaves them.
+    """
 
     def prepare(tables: TableBuilder, plan: coldboot.Plan) -> Call:
         va = plan.linear_va(plan.ram[0] + plan.ram[1] // 2)
-        if enable:
-            tables.protect(va, pages * plan.page_size, VALID=0)
+        if enable and pages:
+            tables.protect(va, pages * plan.page_size, VALID=0, nG=int(keeps_present))
         return Call(va, pages, enable)
 
     return Case("linear map", prepare)
+
+
+def main_job(subject: Subject, pages: int, enable: int | None = None, variant: Variant | None = None) -> list[Report]:
+    """The main job: invalid, then valid again (or only `enable`), each call on its own machine."""
+    keeps = subject.variant().invalid_keeps_present
+    wanted = (0, 1) if enable is None else (enable,)
+    return [run_case(subject, linear_pages(pages, each, keeps_present=keeps), variant) for each in wanted]
 
 
 def engine_loaded() -> bool:

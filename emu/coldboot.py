@@ -12,6 +12,7 @@ Sources: arch/arm64/include/asm/memory.h, mm/mmu.c map_mem, kernel/head.S; facts
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -263,6 +264,12 @@ def map_struct_pages(made: SetUp, first: int) -> SetUp:
     return replace(made, struct_pages=first)
 
 
+@cache
+def bare_template(ram: int = 16 << 20, granule: Granule = Granule.K4, va_bits: int = 48) -> Template:
+    """A machine without a kernel, made once in a process."""
+    return Template(bare_set_up(bare_plan(ram=ram, granule=granule, va_bits=va_bits), granule))
+
+
 BARE_RAM = 16 << 20
 
 
@@ -276,8 +283,7 @@ def bare_plan(*, ram: int = BARE_RAM, granule: Granule = Granule.K4, va_bits: in
 
 def bare_set_up(plan: Plan, granule: Granule) -> SetUp:
     """RAM and tables for a machine without a kernel."""
-    memory = PhysicalMemory(plan.ram)
-    made = _trees(memory, plan, granule)
+    made = _trees(PhysicalMemory.staged(plan.ram), plan, granule)
     _map(plan, made.tables, protections(made.tables.fmt))
     return made
 

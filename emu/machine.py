@@ -29,6 +29,7 @@ from pgtable.memory import PAGE, Mark, Pages
 
 _U64 = (1 << 64) - 1
 BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
+SVC = (0xD4000001).to_bytes(4, "little")  # svc #0
 TIMEOUT = 10.0  # seconds of wall clock that a call may take
 
 
@@ -102,6 +103,7 @@ class _Run:
     maintenance: list[Maintenance] = field(default_factory=list)
     warnings: list[Warn] = field(default_factory=list)
     stop: Stop | None = None
+    ended: bool = False  # by the SVC that ends a snippet at EL0
 
 
 class Machine:
@@ -123,6 +125,7 @@ class Machine:
         self._order = OrderRecorder(self.cpu, self.read)
         self._known: Mark | None = None  # table words when the guest last ran
         self._pages_given = 0
+        self._svc_end: int | None = None
         self._struct_pages = made.struct_pages
         self._start(made.registers)
 
@@ -145,8 +148,7 @@ class Machine:
     @classmethod
     def bare(cls, *, ram: int = coldboot.BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48) -> Machine:
         """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot."""
-        plan = coldboot.bare_plan(ram=ram, granule=granule, va_bits=va_bits)
-        return cls(coldboot.Template(coldboot.bare_set_up(plan, granule)).thaw())
+        return cls(coldboot.bare_template(ram, granule, va_bits).thaw())
 
     def _start(self, regs: Registers) -> None:
         for name in ("MAIR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1"):
@@ -299,17 +301,20 @@ class Machine:
         if not data or len(data) % 4 or len(data) > limit:
             raise ValueError(f"snippet of {len(data)} bytes: must be whole instructions, at most {limit} bytes")
         start = self.plan.code if el else self.plan.user_code
-        self.memory.write(self.plan.code_pa if el else self.plan.user_code_pa, data)
+        end = start + len(data)
+        # Unicorn takes its end address for an undefined instruction at EL0: there the code ends in an SVC of ours.
+        self._svc_end = None if el else end + 4
+        self.memory.write(self.plan.code_pa if el else self.plan.user_code_pa, data + (b"" if el else SVC))
         self.cpu.flush_code()
         self.cpu.set_el(el)
         self.cpu.write(engine.SP, self.plan.stack if el else self.plan.user_stack)
         for i in range(31):
             self.cpu.write(engine.X[i], args[i] if i < len(args) else 0)
-        end = start + len(data)
         self.cpu.write(engine.LR, end)
         try:
-            return self._record(start, end, timeout, blocks, record)
+            return self._record(start, end if el else end + 8, timeout, blocks, record)
         finally:
+            self._svc_end = None
             self.cpu.set_el(1)
             self.cpu["SP_EL0"] = self.plan.task
 
@@ -393,6 +398,9 @@ class Machine:
         pc = self.cpu.read(engine.PC)
         if number == engine.BREAK:
             return self._break(pc)
+        if number == engine.SVC and pc == self._svc_end:
+            self._now.ended = True
+            return False
         if number in (engine.DATA_ABORT, engine.PREFETCH_ABORT):
             self._now.stop = self._fault(pc, number)
         else:
@@ -435,7 +443,7 @@ class Machine:
         return self.cpu.read(engine.SP if n == 31 else engine.X[n])
 
     def _stop_for(self, ended: Ended, budget: _Budget | None) -> Stop | None:
-        if ended.end is End.REACHED:
+        if ended.end is End.REACHED or self._now.ended:
             return None
         if budget and budget.spent:
             return self._stop("budget", f"{budget.limit} basic blocks ran without an end", ended.pc)

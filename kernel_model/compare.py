@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from kernel_model.mm import Barrier, Event, Tlbi, Warn, Write
@@ -58,10 +58,12 @@ class Difference(NamedTuple):
     real: str
     va: int | None = None
     level: int | None = None
+    bits: str = ""
 
     def __str__(self) -> str:
+        field = f"{self.field} (bit {self.bits})" if self.bits else self.field
         where = f" at {self.va:#018x} level {self.level}" if self.va is not None else ""
-        return f"{self.what}{where}: {self.field} predicted {self.predicted}, real {self.real}"
+        return f"{self.what}{where}: {field} predicted {self.predicted}, real {self.real}"
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -70,16 +72,26 @@ class Difference(NamedTuple):
             "va": None if self.va is None else f"{self.va:#018x}",
             "level": self.level,
             "field": self.field,
+            "bits": self.bits,
             "predicted": self.predicted,
             "real": self.real,
         }
 
 
+RUNAWAY = "runaway"  # `Outcome.stop` of a loop without an end
+
 LayoutOf = Callable[[int, int], Layout]  # (word, level) -> layout
 
 
 def compare(predicted: Outcome, real: Outcome, layout: LayoutOf) -> list[Difference]:
-    """Every difference between two outcomes of one call; [] when the prediction was right."""
+    """Every difference between two outcomes of one call; [] when the prediction was right.
+
+    A call that both say runs away has no end to compare: what both have of the order of events is.
+    """
+    if predicted.stop == real.stop == RUNAWAY:
+        n = min(len(predicted.order), len(real.order))
+        cut = (replace(outcome, events=outcome.order[:n]) for outcome in (predicted, real))
+        return list(_order(*cut))
     return [*_values(predicted, real), *_words(predicted, real, layout), *_order(predicted, real)]
 
 
@@ -102,8 +114,9 @@ def _words(predicted: Outcome, real: Outcome, layout: LayoutOf) -> Iterator[Diff
         if known.level is None:
             yield Difference("descriptor", f"PA {pa:#x}", f"{new:#018x}", f"{actual:#018x}")
             continue
-        for name, (a, b) in layout(actual, known.level).changed(new, actual).items():
-            yield Difference("descriptor", name, f"{a:#x}", f"{b:#x}", known.va, known.level)
+        fields = layout(actual, known.level)
+        for name, (a, b) in fields.changed(new, actual).items():
+            yield Difference("descriptor", name, f"{a:#x}", f"{b:#x}", known.va, known.level, fields[name].bits)
 
 
 def _order(predicted: Outcome, real: Outcome) -> Iterator[Difference]:

@@ -1,0 +1,75 @@
+"""The command `pgtable`. Subcommands are loaded when they are called: `pgtable explain` imports no engine.
+
+Rules of the command line (docs/cli.md): stdout is the answer only, progress and warnings go to stderr; --json prints
+one object; exit code 0 done, 1 the verdict is no, 2 bad input or a missing tool, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import IO, Any
+
+import click
+
+# Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
+COMMANDS = {
+    "call": ("emu.cli_run:call", "Call a kernel function on cold-booted tables and show what it did."),
+    "check": ("emu.cli_run:check", "Run a kernel function and compare it with the model's prediction."),
+    "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in alphabetical order."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in --help, from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in sorted(COMMANDS)])
+
+
+class CommandError(click.ClickException):
+    """Bad input or a missing tool: one sentence on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the sentence."""
+        click.echo(f"pgtable: error: {self.message}", file=file, err=file is None)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pgtable")
+def cli() -> None:
+    """An AArch64 page-table laboratory: real arm64 kernel code run on tables, and judged."""
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        code = cli(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        click.echo(f"pgtable: error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("pgtable: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,242 @@
+"""`pgtable call` and `pgtable check`: kernel functions on cold-booted tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from emu.cli import CommandError
+
+if TYPE_CHECKING:
+    from emu.check import Report
+    from emu.image import KernelImage
+    from emu.machine import CallResult
+
+_KERNEL = click.option(
+    "--kernel", "source", required=True, metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR]."
+)
+_SYMBOLS = click.option(
+    "--symbols", type=click.Path(), help="ELF, System.map or kallsyms text to use in place of the image's symbols."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schema).")
+CHECKABLE = ("set_memory_valid",)
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Errors that are the user's input become one sentence and exit code 2."""
+    from emu.coldboot import BootError
+    from emu.image import ImageError, SymbolError
+    from emu.kernels import KernelError
+    from kernel_model.variants import UnknownVariant
+    from pgtable.build import MapError
+
+    try:
+        yield
+    except (ImageError, KernelError, BootError, SymbolError, UnknownVariant, MapError) as error:
+        raise CommandError(str(error)) from None
+
+
+def load_image(source: str, symbols: str | None) -> KernelImage:
+    """The kernel that --kernel names, fetched with progress if need be."""
+    from emu.image import KernelImage
+    from emu.kernels import fetch, is_name
+
+    with bad_input():
+        if is_name(source):
+            kernel = fetch(source, progress=lambda message: click.echo(message, err=True))
+            image = KernelImage.load(kernel, symbols=symbols)
+            image.name = source
+            return image
+        return KernelImage.load(source, symbols=symbols)
+
+
+@click.command()
+@click.argument("function")
+@_KERNEL
+@_SYMBOLS
+@click.option("--pages", default=4, show_default=True, type=click.IntRange(0, 1 << 20), help="Pages to change.")
+@click.option("--enable", type=click.IntRange(0, 1), help="Only this call: 0 invalid, 1 valid. Default: 0, then 1.")
+@click.option("--model", metavar="VARIANT", help="Predict with this row of the model (6.1, 6.12, 7.x).")
+@_JSON
+@click.pass_context
+def check(
+    ctx: click.Context,
+    function: str,
+    source: str,
+    symbols: str | None,
+    pages: int,
+    enable: int | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Run the kernel's FUNCTION on prepared tables and compare with what the model predicted.
+
+    Exit code 1 if anything differs.
+    """
+    from emu.check import KernelSubject, main_job
+    from kernel_model.variants import by_name
+
+    if function not in CHECKABLE:
+        raise CommandError(f"check {function}: only {', '.join(CHECKABLE)} can be checked")
+    with bad_input():
+        variant = by_name(model) if model else None
+        reports = main_job(KernelSubject(load_image(source, symbols)), pages, enable, variant)
+    click.echo(json.dumps(report_json(reports), indent=1) if as_json else report_text(reports))
+    ctx.exit(1 if any(report.differences for report in reports) else 0)
+
+
+@click.command()
+@click.argument("function")
+@click.argument("arguments", nargs=-1)
+@_KERNEL
+@_SYMBOLS
+@click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds of wall clock.")
+@_JSON
+@click.pass_context
+def call(
+    ctx: click.Context,
+    function: str,
+    arguments: tuple[str, ...],
+    source: str,
+    symbols: str | None,
+    order: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Call FUNCTION of a cold-booted kernel with integer ARGUMENTS: numbers, symbols, or lin:PA for a linear address.
+
+    Exit code 1 if the call does not return.
+    """
+    from emu.machine import Machine
+
+    image = load_image(source, symbols)
+    with bad_input():
+        machine = Machine.boot(image)
+        values = [_argument(text, machine) for text in arguments]
+        result = machine.call(function, *values, timeout=timeout, record="order" if order else "changes")
+    text = result_json(function, result) if as_json else None
+    click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
+    ctx.exit(1 if result.stop else 0)
+
+
+def _argument(text: str, machine: Any) -> int:
+    if text.startswith("lin:"):
+        return int(machine.plan.linear_va(_number(text[4:])))
+    name, _, offset = text.partition("+")
+    if machine.image and name in machine.image.symbols:
+        return int(machine.image.symbols[name]) + (_number(offset) if offset else 0)
+    return _number(text)
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise CommandError(f"argument {text}: neither a number, lin:PA nor a symbol of this kernel") from None
+
+
+# text
+
+
+def report_text(reports: list[Report]) -> str:
+    """A check as text: each call, then the verdict on all."""
+    lines = [f"kernel      {reports[0].release}", f"model       {reports[0].variant}"]
+    for report in reports:
+        lines += ["", f"call        {report.call} = {report.real.value}", *result_lines("", report.result)[1:]]
+        lines += ["model says  " + _model_summary(report)]
+        lines += ["walk        " + "\n            ".join(report.walk or ("nothing: the range is empty",))]
+        lines += [f"difference  {d}" for d in report.differences]
+    count = sum(len(report.differences) for report in reports)
+    return "\n".join([*lines, "", f"verdict     {count} difference{'' if count == 1 else 's'}"])
+
+
+def _model_summary(report: Report) -> str:
+    p = report.predicted
+    parts = [f"returns {p.value}", f"{len(p.words)} descriptors changed", f"{len(p.maintenance)} TLBI"]
+    return ", ".join([*parts, f"{len(p.order)} events in order"])
+
+
+SHOWN = 16  # changes and events shown in full; more are counted
+
+
+def result_lines(function: str, result: CallResult) -> list[str]:
+    """What a call did, as lines."""
+    lines = [f"call        {function} = {result.signed} ({result.value:#x})"]
+    lines += _listed("changed", [str(c) for c in result.changes[:SHOWN]], len(result.changes))
+    events = [str(e) for e in (result.events if result.events is not None else result.maintenance)]
+    lines += _listed("in order" if result.events is not None else "TLB", events[:SHOWN], len(events))
+    lines += _listed("warnings", [str(w) for w in result.warnings], len(result.warnings))
+    if result.stop:
+        lines.append("stopped     " + str(result.stop).replace("\n", "\n            "))
+    return lines
+
+
+def _listed(title: str, rows: list[str], count: int) -> list[str]:
+    if not count:
+        return [f"{title:12}nothing"] if title != "warnings" else []
+    more = [f"... {count - len(rows)} more"] if count > len(rows) else []
+    return [f"{title if not i else '':12}{row}" for i, row in enumerate([*rows, *more])]
+
+
+# JSON
+
+
+def result_json(function: str, result: CallResult) -> dict[str, Any]:
+    """What a call did, as `--json` prints it."""
+    return {
+        "schema": "pgtable.call/1",
+        "function": function,
+        "value": f"{result.value:#018x}",
+        "signed": result.signed,
+        **_result_parts(result),
+    }
+
+
+def _result_parts(result: CallResult) -> dict[str, Any]:
+    return {
+        "changes": [change.as_json() for change in result.changes],
+        "maintenance": [{"operation": m.operation, "operand": f"{m.operand:#018x}"} for m in result.maintenance],
+        "events": None if result.events is None else [str(event) for event in result.events],
+        "warnings": [
+            {"site": w.site, "file": w.file, "line": w.line, "once": w.once, "repeat": w.repeat}
+            for w in result.warnings
+        ],
+        "stop": None if result.stop is None else {"kind": result.stop.kind, "message": result.stop.message},
+    }
+
+
+def report_json(reports: list[Report]) -> dict[str, Any]:
+    """A check as `--json` prints it: the first call's changes at the top, every call in full below."""
+    return {
+        "schema": "pgtable.check/1",
+        "kernel": reports[0].kernel,
+        "release": reports[0].release,
+        "model": reports[0].variant,
+        "function": reports[0].call.function,
+        "differences": [difference.as_json() for report in reports for difference in report.differences],
+        "changes": [change.as_json() for change in reports[0].result.changes],
+        "calls": [_call_json(report) for report in reports],
+    }
+
+
+def _call_json(report: Report) -> dict[str, Any]:
+    predicted = report.predicted
+    return {
+        "arguments": [f"{report.call.addr:#018x}", report.call.numpages, report.call.enable],
+        "value": report.real.value,
+        **_result_parts(report.result),
+        "predicted": {
+            "value": predicted.value,
+            "changes": len(predicted.words),
+            "maintenance": [{"operation": t.operation, "operand": f"{t.operand:#018x}"} for t in predicted.maintenance],
+            "events": [str(event) for event in predicted.order],
+        },
+        "walk": list(report.walk),
+        "differences": [difference.as_json() for difference in report.differences],
+    }

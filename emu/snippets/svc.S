@@ -1,0 +1,2 @@
+// Leaves EL0 by SVC #42.
+        svc     #42
