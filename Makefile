@@ -45,5 +45,5 @@ $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml
 	@touch $@ $(VENV)/.run-installed
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-judge dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

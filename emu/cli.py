@@ -16,6 +16,7 @@ import click
 COMMANDS = {
     "call": ("emu.cli_run:call", "Call a kernel function on cold-booted tables and show what it did."),
     "check": ("emu.cli_run:check", "Run a kernel function and compare it with the model's prediction."),
+    "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
 }
 

@@ -151,6 +151,7 @@ def make_plan(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = 
     bits = va_bits or layout.va_bits_min
     if bits not in (layout.va_bits, layout.va_bits_min):
         raise BootError(f"{image.name}: runs with {layout.va_bits_min} or {layout.va_bits} VA bits, not {bits}")
+    _check_bits(bits)
     needed = _up(image.size, BLOCK) + 2 * TABLE_POOL + ram // page * STRUCT_PAGE
     if ram % BLOCK or ram < needed:
         raise BootError(f"ram {ram:#x}: must be a multiple of {BLOCK:#x} and at least {_up(needed, BLOCK):#x}")
@@ -159,6 +160,11 @@ def make_plan(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = 
     lowered = (1 << layout.va_bits) - (1 << bits)
     window = image.base + _up(image.size, BLOCK) + (1 << 28)
     return _plan(page, bits, ram, window, RAM_BASE - lowered, TABLE_POOL)
+
+
+def _check_bits(va_bits: int) -> None:
+    if va_bits > 48:
+        raise BootError(f"{va_bits} VA bits need FEAT_LPA2 or FEAT_LVA, and Unicorn's CPU has neither: at most 48")
 
 
 def _plan(page: int, va_bits: int, ram: int, window: int, memstart: int, table_pool: int) -> Plan:
@@ -277,6 +283,7 @@ def bare_plan(*, ram: int = BARE_RAM, granule: Granule = Granule.K4, va_bits: in
     """Where things go on a machine without a kernel."""
     if ram % BLOCK or ram < BARE_RAM:
         raise BootError(f"ram {ram:#x}: must be a multiple of {BLOCK:#x} and at least {BARE_RAM:#x}")
+    _check_bits(va_bits)
     linear = (1 << 64) - (1 << va_bits)
     return _plan(granule.page_size, va_bits, ram, linear + (1 << va_bits - 1), RAM_BASE, BARE_RAM // 4)
 

@@ -53,6 +53,7 @@ UNDEFINED, SVC, PREFETCH_ABORT, DATA_ABORT, BREAK, HVC, SMC = 1, 2, 3, 4, 7, 11,
 
 EL1H, EL0T = 0b0101, 0
 PSTATE_DAIF = 0x3C0
+_TWO_BLOCKS = 0xD503201F_14000001  # b .+4; nop
 _RW = 1 << 10  # SCR_EL3.RW: without it EL1 counts as AArch32 and the MMU reads AArch32 tables
 
 
@@ -106,6 +107,16 @@ class Cpu:
         self._error: BaseException | None = None
         self._watchdog = Watchdog(self.uc.emu_stop)
         self._stopping = False
+        self._run_two_blocks()
+
+    def _run_two_blocks(self) -> None:
+        """Until it has gone from one block to another, Unicorn tells `on_new_block` nothing of where a run begins."""
+        start = self.memory.regions[0].base
+        word = self.memory.fetch(start)
+        self.memory.store(start, _TWO_BLOCKS)
+        self.uc.emu_start(start, start + 8)
+        self.memory.store(start, word)
+        self.flush_code()
 
     def __getitem__(self, name: str) -> int:
         op0, op1, crn, crm, op2 = SYSTEM[name]
@@ -154,7 +165,7 @@ class Cpu:
         self.uc.hook_add(uc_const.UC_HOOK_INTR, hook)
 
     def on_system(self, callback: Callable[[SystemInstruction], bool]) -> None:
-        """`callback(instruction)` before every SYS (TLBI, AT, DC, IC); True skips it."""
+        """`callback(instruction)` before every SYS (TLBI, AT, DC, IC); True skips it. Unicorn hears only the first."""
 
         def hook(uc: Any, register: int, cp: Any, _: Any) -> int:
             rt = register - X[0] if X[0] <= register <= X[28] else {X[29]: 29, X[30]: 30}.get(register, 31)
@@ -283,5 +294,5 @@ class Watchdog:
                     continue
                 idle_since = now
                 if now >= self._deadline:
-                    self._deadline, self._fired = None, True
-                    self._stop()
+                    self._fired = True
+                    self._stop()  # at every poll: one before the CPU had started is lost

@@ -64,9 +64,12 @@ def disassemble(word: int, pc: int) -> str:
     return f".word {word:#010x}"
 
 
-# [x1, w2, uxtw #2], [sp, #16], [x3], [x3, #-8]!, [x3], #8
-_MEMORY = re.compile(r"\[(\w+)(?:, (?:#(-?\w+)|(\w+)(?:, (\w+)(?: #(\d+))?)?))?\](!?)(?:, #(-?\w+))?")
+# [x1, w2, uxtw #2], [sp, #16], [x3], [x3, #-8]!, [x3], #8; not the lane of {v0.b}[3]
+_MEMORY = re.compile(r"\[([xs]\w+)(?:, (?:#(-?\w+)|(\w+)(?:, (\w+)(?: #(\d+))?)?))?\](!?)(?:, #(-?\w+))?")
+_LITERAL = re.compile(r", #(\w+)$")  # ldr x0, #0x400008: the address, as capstone works it out
+_VECTOR = re.compile(r"\bv\d+\.(\d*)([bhsd])")  # v0.16b, or v0.b of a lane
 _SIZED = {"b": 1, "sb": 1, "h": 2, "sh": 2, "sw": 4}
+_PAIRS = ("ldp", "stp", "ldnp", "stnp", "ldpsw", "ldxp", "ldaxp", "stxp", "stlxp")
 _REGISTER_SIZES = {"b": 1, "h": 2, "s": 4, "d": 8, "q": 16, "w": 4, "x": 8}
 
 
@@ -79,10 +82,9 @@ def touches(word: int, pc: int, register: Callable[[int], int], el: int) -> list
     mnemonic, _, operands = text.partition(" ")
     if mnemonic == "dc" and operands.startswith("zva"):
         return [Touch(register(_number(operands.split()[-1])) & -64, 64, Access.write(el))]
-    memory = _MEMORY.search(operands)
-    if not memory or mnemonic.startswith("prf"):
+    va = _address(mnemonic, operands, register)
+    if va is None or mnemonic.startswith("prf"):
         return []
-    va = _address(memory, register)
     size, count = _size(mnemonic, operands)
     access = _access(mnemonic, el)
     return [Touch(va + i * size & (1 << 64) - 1, size, access) for i in range(count)]
@@ -92,7 +94,15 @@ def _number(name: str) -> int:
     return 31 if name in ("sp", "wsp", "xzr", "wzr") else int(name[1:])
 
 
-def _address(memory: re.Match[str], register: Callable[[int], int]) -> int:
+def _address(mnemonic: str, operands: str, register: Callable[[int], int]) -> int | None:
+    memory = _MEMORY.search(operands)
+    if memory:
+        return _effective(memory, register)
+    literal = _LITERAL.search(operands) if mnemonic in ("ldr", "ldrsw") else None
+    return int(literal[1], 0) if literal else None
+
+
+def _effective(memory: re.Match[str], register: Callable[[int], int]) -> int:
     base, displacement, index, extend, shift = memory.group(1, 2, 3, 4, 5)
     va = register(_number(base))
     if displacement:
@@ -108,11 +118,15 @@ def _address(memory: re.Match[str], register: Callable[[int], int]) -> int:
 
 def _size(mnemonic: str, operands: str) -> tuple[int, int]:
     """Bytes of one element, and how many."""
+    vectors = _VECTOR.findall(operands)
+    if vectors:  # whole registers, or one lane, or one element for all lanes (LD1R)
+        lanes, kind = vectors[0]
+        return _REGISTER_SIZES[kind] * (int(lanes) if lanes and not mnemonic.endswith("r") else 1), len(vectors)
     data = operands.split("[")[0].replace("{", "").replace("}", "").split(",")
     names = [name.strip() for name in data if name.strip() and not name.strip().startswith("#")]
     if mnemonic.startswith(("stxr", "stlxr", "stxp", "stlxp")):
         names = names[1:]  # the first is the status
-    pair = mnemonic.rstrip("r") in ("ldp", "stp", "ldnp", "stnp", "ldpsw", "ldxp", "ldaxp", "stxp", "stlxp")
+    pair = mnemonic.rstrip("r") in _PAIRS or mnemonic.startswith("casp")
     suffix = re.search(r"(sb|sh|sw|b|h)$", mnemonic)
     if suffix and not mnemonic.endswith("ldpsw"):
         return _SIZED[suffix.group(1)], 1

@@ -104,6 +104,7 @@ class _Run:
     warnings: list[Warn] = field(default_factory=list)
     stop: Stop | None = None
     ended: bool = False  # by the SVC that ends a snippet at EL0
+    home: int = 0  # where it returns to, which is no caller
 
 
 class Machine:
@@ -176,8 +177,10 @@ class Machine:
         return b"".join(self.memory.read(pa, size) for pa, size in self._spans(va, n))
 
     def write(self, va: int, data: bytes) -> None:
-        """Writes bytes at kernel address `va`, through the tables, whatever their permissions."""
+        """Writes bytes at kernel address `va`, through the tables, whatever their permissions; also instructions."""
         done = 0
+        if self.translate(va, Access.fetch(el=1)).ok:
+            self.cpu.flush_code()
         for pa, size in list(self._spans(va, len(data))):
             self.memory.write(pa, data[done : done + size])
             done += size
@@ -255,7 +258,7 @@ class Machine:
     def _record(self, pc: int, until: int, timeout: float | None, blocks: int | None, record: str) -> CallResult:
         if record not in ("changes", "order", "nothing"):
             raise ValueError(f"record={record!r}: must be 'changes', 'order' or 'nothing'")
-        self._now = _Run()
+        self._now = _Run(home=self.cpu.read(engine.LR))
         before = self._mark() if record != "nothing" else None
         if before is None:
             self._known = None
@@ -304,7 +307,8 @@ class Machine:
         end = start + len(data)
         # Unicorn takes its end address for an undefined instruction at EL0: there the code ends in an SVC of ours.
         self._svc_end = None if el else end + 4
-        self.memory.write(self.plan.code_pa if el else self.plan.user_code_pa, data + (b"" if el else SVC))
+        page = data + (b"" if el else SVC)  # and zeros over what an earlier one left
+        self.memory.write(self.plan.code_pa if el else self.plan.user_code_pa, page.ljust(self.plan.page_size, b"\0"))
         self.cpu.flush_code()
         self.cpu.set_el(el)
         self.cpu.write(engine.SP, self.plan.stack if el else self.plan.user_stack)
@@ -337,6 +341,7 @@ class Machine:
     def restore(self, state: State) -> None:
         """Back to a saved state; views of memory stay valid."""
         self.memory.rewind(state.pages)
+        self.cpu.flush_code()  # translated code may be of what was there
         for name, value in zip(engine.SYSTEM, state.system, strict=True):
             self.cpu[name] = value
         for register, value in zip((*engine.X, engine.SP, engine.PC), state.registers, strict=True):
@@ -403,6 +408,9 @@ class Machine:
             return False
         if number in (engine.DATA_ABORT, engine.PREFETCH_ABORT):
             self._now.stop = self._fault(pc, number)
+        elif number in (engine.SVC, engine.HVC, engine.SMC):
+            pc -= 4  # ELR_EL1 is already behind it
+            self._now.stop = self._stop("exception", disassemble(self._word(pc), pc), pc)
         else:
             kind, text = _EXCEPTIONS.get(number, ("exception", f"exception {number}"))
             self._now.stop = self._stop(kind, text, pc)
@@ -434,9 +442,9 @@ class Machine:
         return self._stop("fault", f"{walk.access} at {walk.va:#x}: {_outcome(walk)}", pc, walk)
 
     def _walks(self, part: Touch) -> list[Walk]:
-        """Walks of the first and the last byte."""
+        """Walks of the first byte, and of the first in the next page if it goes that far (what FAR_EL1 gives)."""
         last = part.va + part.size - 1 & _U64
-        vas = [part.va, last] if part.va // PAGE != last // PAGE else [part.va]
+        vas = [part.va, last & -PAGE] if part.va // PAGE != last // PAGE else [part.va]
         return [self.translate(va, part.access) for va in vas]
 
     def _register(self, n: int) -> int:
@@ -449,7 +457,16 @@ class Machine:
             return self._stop("budget", f"{budget.limit} basic blocks ran without an end", ended.pc)
         if ended.end is End.TIMEOUT:
             return self._stop("timeout", "the time allowed ran out", ended.pc)
-        return self._stop("engine", ended.error or "stopped", ended.pc)
+        return self._external_abort(ended.pc) or self._stop("engine", ended.error or "stopped", ended.pc)
+
+    def _external_abort(self, pc: int) -> Stop | None:
+        """An access to a PA without RAM, which Unicorn takes for an error of its user's."""
+        el = self.cpu.el
+        parts = [Touch(pc, 4, Access.fetch(el)), *touches(self._word(pc), pc, self._register, el)]
+        walk = next((w for part in parts for w in self._walks(part) if w.ok and w.pa not in self.memory), None)
+        if walk is None:
+            return None
+        return self._stop("fault", f"{walk.access} at {walk.va:#x}: external abort, no RAM at {walk.pa:#x}", pc, walk)
 
     def _stop(self, kind: str, message: str, pc: int, walk: Walk | None = None) -> Stop:
         return Stop(kind, message, pc, self.describe(pc), walk, self._around(pc), self._backtrace())
@@ -480,7 +497,7 @@ class Machine:
             except (ValueError, NoMemory):
                 break
             found.append(address)
-        unique = [a for i, a in enumerate(found) if a and a != self.plan.landing and (not i or a != found[i - 1])]
+        unique = [a for i, a in enumerate(found) if a and a != self._now.home and (not i or a != found[i - 1])]
         return tuple(self.describe(address) for address in unique)
 
 
@@ -490,12 +507,7 @@ def _outcome(walk: Walk) -> str:
     return str(walk.result)
 
 
-_EXCEPTIONS = {
-    engine.UNDEFINED: ("undefined", "undefined instruction"),
-    engine.SVC: ("exception", "svc"),
-    engine.HVC: ("exception", "hvc"),
-    engine.SMC: ("exception", "smc"),
-}
+_EXCEPTIONS = {engine.UNDEFINED: ("undefined", "undefined instruction")}
 
 
 _NOTHING = Mark((), ())

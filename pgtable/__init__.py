@@ -6,6 +6,7 @@ array; both return faults as values.
 
 from pgtable.access import Access, AccessType
 from pgtable.at import ExternalAbort, at, at_walk
+from pgtable.bulk import Many, at_many, translate_many
 from pgtable.descriptors import Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import CPUS, Features
@@ -25,6 +26,7 @@ __all__ = [
     "Format",
     "Granule",
     "Kind",
+    "Many",
     "Memory",
     "NoMemory",
     "PhysicalMemory",
@@ -36,6 +38,8 @@ __all__ = [
     "Walk",
     "WalkParams",
     "at",
+    "at_many",
     "at_walk",
     "translate",
+    "translate_many",
 ]

@@ -174,6 +174,8 @@ class Layout:
             raise ValueError(f"{self.name}: {next(n for n in names if names.count(n) > 1)} is named twice")
         seen = 0
         for f in self.fields:
+            if f.mask.bit_count() != sum(span.width for span in f.spans):
+                raise ValueError(f"{self.name}: {f.name} has spans that overlap")
             if seen & f.mask:
                 raise ValueError(f"{self.name}: {f.name} overlaps bits {seen & f.mask:#x}")
             seen |= f.mask

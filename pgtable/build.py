@@ -272,9 +272,7 @@ class TableBuilder:
         table = self._table_at(va, level)
         self._write_run(table, self._entry(va, level), level, pa, count, word, contiguous)
 
-    def _write_run(
-        self, table: int, entry: int, level: int, pa: int, count: int, word: int, contiguous: bool
-    ) -> None:
+    def _write_run(self, table: int, entry: int, level: int, pa: int, count: int, word: int, contiguous: bool) -> None:
         """Writes `count` consecutive entries that map consecutive addresses."""
         unit = self.granule.level_size(level)
         oa = np.arange(count, dtype=np.uint64) * np.uint64(unit) + np.uint64(pa)

@@ -16,7 +16,7 @@ from pgtable.attributes import MemoryAttributes
 from pgtable.bits import Field
 from pgtable.descriptors import Kind
 from pgtable.faults import Fault, FaultType
-from pgtable.params import WalkParams
+from pgtable.params import Regime, WalkParams
 from pgtable.permissions import PR, PW, PX, UR, UW, UX, direct_rules
 from pgtable.registers import SH
 from pgtable.walk import Step, Translation, Walk, walk
@@ -136,10 +136,10 @@ def _register_bits(found: Walk) -> Iterator[Decider]:
             yield Decider(None, None, None, name, "", text)
 
 
-def rights(perms: int) -> str:
-    """Permission bits as `EL1 rwx EL0 rwx`."""
+def rights(perms: int, regime: Regime) -> str:
+    """Permission bits by exception level: `EL1 rw- EL0 ---`."""
     text = "".join(c if perms & bit else "-" for c, bit in zip("rwxrwx", (PR, PW, PX, UR, UW, UX), strict=True))
-    return f"{text[:3]} {text[3:]}"
+    return f"EL{regime.el} {text[:3]}" + (f" EL0 {text[3:]}" if regime.has_el0 else "")
 
 
 def attributes_text(word: int, level: int, params: WalkParams) -> str:
@@ -168,19 +168,17 @@ def walk_text(found: Walk) -> str:
     """A walk with every step, and its result or what decided the fault."""
     p = found.params
     half = ("upper" if p.upper else "lower") + " half, " if p.regime.has_el0 else ""
-    head = (
-        f"VA {found.va:#018x}: {found.access}, {p.regime.value} {half}{p.ia_bits}-bit, {p.fmt.granule.label} granule"
-    )
+    head = f"VA {found.va:#018x}: {found.access}, {p.regime.value} {half}{p.ia_bits}-bit, {p.fmt.granule.label} granule"
     steps = [f"  {step_text(step, p)}" for step in found.steps]
-    result = _fault_lines(found, found.result) if isinstance(found.result, Fault) else [_success(found.result)]
+    result = _fault_lines(found, found.result) if isinstance(found.result, Fault) else [_success(p, found.result)]
     return "\n".join([head, *steps, *result])
 
 
-def _success(result: Translation) -> str:
+def _success(p: WalkParams, result: Translation) -> str:
     where = "MMU off" if result.level is None else f"level {result.level}"
     attributes = MemoryAttributes.of(result.attr)
     return (
-        f"  = PA {result.pa:#x} ({where}), privileged and EL0 {rights(result.perms)}, "
+        f"  = PA {result.pa:#x} ({where}), {rights(result.perms, p.regime)}, "
         f"{attributes}, {SH[result.sh]}{', not global' if result.nG else ''}"
     )
 

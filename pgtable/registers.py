@@ -362,7 +362,7 @@ class Registers:
     64 bits.
     """
 
-    __slots__ = ("_hash", "_params", "_values", "features")
+    __slots__ = ("_features", "_hash", "_params", "_values")
 
     def __init__(self, features: Features | None = None, **values: int) -> None:
         for name, value in values.items():
@@ -371,7 +371,7 @@ class Registers:
             if not isinstance(value, int) or not 0 <= value < 1 << 64:
                 raise ValueError(f"{name}={value!r}: must be an integer of 64 bits")
         self._values = {**NAMES, **values}
-        self.features = features or CPUS["max"]
+        self._features = features or CPUS["max"]
         self._hash = hash((self.features, *self._values.values()))
         self._params: dict[Any, Any] = {}  # what params.py computed from this set
 
@@ -384,6 +384,11 @@ class Registers:
             lines = [line.partition("#")[0].strip() for line in text.splitlines()]
             pairs = dict(_pair(line) for line in lines if line)
         return cls(None, **{name: _number(name, value) for name, value in pairs.items()})
+
+    @property
+    def features(self) -> Features:
+        """The CPU that has them."""
+        return self._features
 
     def __getattr__(self, name: str) -> int:
         try:

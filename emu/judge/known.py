@@ -1,0 +1,157 @@
+"""Where a judge is wrong, or the architecture lets both be right: which judge, when, and the rule.
+
+Each row has a name (the traps of QEMU are numbered as in docs/judges.md), the rule in a sentence with its source, and a
+test that is true only for the situation: it sees the case, the model's walk and both answers. A disagreement that no
+row explains is unexplained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
+from pgtable import AccessType, FaultType, Granule, Translation, Walk
+from pgtable.attributes import MemoryAttributes, is_device
+from pgtable.registers import PAR_OK
+
+
+class Context(NamedTuple):
+    """What a row's test sees. `last`: the last descriptor read, 0 if none was."""
+
+    case: Case
+    walk: Walk
+    judge: Answer
+    model: Answer
+
+    @property
+    def last(self) -> int:
+        """The last descriptor read."""
+        return self.walk.raw[-1][2] if self.walk.raw else 0
+
+    @property
+    def address_size(self) -> bool:
+        """The model reports an address size fault of a descriptor."""
+        fault = self.walk.fault
+        return fault is not None and fault.type is FaultType.ADDRESS_SIZE and bool(self.walk.raw)
+
+    def only(self, *fields: str) -> bool:
+        """Both translate, and differ in the named fields of PAR_EL1 alone."""
+        if not isinstance(self.judge, int) or not isinstance(self.model, int):
+            return False
+        translated = not (self.judge | self.model) & (EXC | 1)
+        return translated and not (self.judge ^ self.model) & ~PAR_OK.mask(*fields, "NS", "IMPDEF")
+
+
+class Known(NamedTuple):
+    """One known fault or choice of a judge."""
+
+    name: str
+    judge: str
+    rule: str
+    applies: Callable[[Context], bool]
+
+
+def _high_bits_64k(c: Context) -> bool:
+    p = c.walk.params
+    return c.address_size and p.fmt.granule is Granule.K64 and p.ps_bits < 52 and bool(c.last & 0xF << 12)
+
+
+def _high_bits_ds(c: Context) -> bool:
+    p = c.walk.params
+    return c.address_size and p.fmt.lpa2 and p.ps_bits < 52 and bool(c.last & 3 << 8)
+
+
+def _clean_page_write(c: Context) -> bool:
+    p = c.walk.params
+    writable = c.walk.access.type is AccessType.AT_WRITE and p.hd and bool(c.last & p.not_dirty)
+    return c.walk.ok and writable and isinstance(c.judge, int) and bool(c.judge & 1)
+
+
+def _dirty_state(c: Context) -> bool:
+    fault = c.walk.fault
+    return fault is not None and fault.dirty_bit and isinstance(c.judge, int) and not c.judge & 1
+
+
+def _cache_off(c: Context) -> bool:
+    p = c.walk.params
+    return not p.data_cacheable and c.only("ATTR", "SH") and not is_device(_page_attr(c))
+
+
+def _reserved(c: Context) -> bool:
+    """A reserved MAIR byte, or shareability 01."""
+    if not c.only("ATTR", "SH") or not isinstance(c.walk.result, Translation):
+        return False
+    return MemoryAttributes.of(_page_attr(c)).type == "reserved" or c.walk.result.sh == 1
+
+
+def _page_attr(c: Context) -> int:
+    from pgtable.walk import _attr_index
+
+    return c.walk.params.mair[_attr_index(c.walk.params, c.last)]
+
+
+def _low_memory(c: Context) -> bool:
+    fault = c.walk.fault
+    aborted = fault is not None and fault.type is FaultType.EXTERNAL_ON_WALK
+    return aborted and c.walk.params.secure and c.walk.params.table_address(c.last) < BASE_RAM[0]
+
+
+KNOWN: tuple[Known, ...] = (
+    Known(
+        "T1",
+        "QEMU 11.1",
+        "AT of a write to a clean page with HA = HD = 1 and DBM = 1 succeeds without writing (AArch64.AT, "
+        "SetDirtyStatePermitted); 11.1 reports a permission fault",
+        _clean_page_write,
+    ),
+    Known(
+        "T5",
+        "every QEMU",
+        "with the 64K granule bits [15:12] are address bits on a CPU with 52-bit PAs whatever PS is "
+        "(NextTableBase, LeafBase): an address size fault; QEMU ignores them",
+        _high_bits_64k,
+    ),
+    Known(
+        "T6",
+        "every QEMU",
+        "with DS = 1 bits [9:8] are address bits whatever PS is (NextTableBase, LeafBase): an address size fault; "
+        "QEMU ignores them",
+        _high_bits_ds,
+    ),
+    Known(
+        "T7",
+        "every QEMU",
+        "with SCTLR.C = 0 Normal memory is reported non-cacheable (end of AArch64.S1Translate), hence outer shareable; "
+        "QEMU reports the MAIR byte",
+        _cache_off,
+    ),
+    Known(
+        "T8",
+        "every QEMU",
+        "reserved MAIR bytes and shareability 01 are CONSTRAINED UNPREDICTABLE (S1ConstrainUnpredictableRESMAIR, "
+        "DecodeShareability): any attributes are right",
+        _reserved,
+    ),
+    Known(
+        "T15",
+        "QEMU 11.1",
+        "with PIE a write to a page with nDirty = 1 faults when hardware does not manage the dirty state "
+        "(S1CheckPermissions), for AT too; QEMU's AT ignores nDirty",
+        _dirty_state,
+    ),
+    Known(
+        "low memory",
+        "QEMU's virt machine",
+        "below RAM the Secure state of the machine has flash memory: a walk that lands there reads it",
+        _low_memory,
+    ),
+)
+
+
+def explain(case: Case, walk: Walk | None, judge: Answer, model: Answer) -> str:
+    """The name of the first row that explains a disagreement, "" if none does."""
+    if walk is None:
+        return ""
+    context = Context(case, walk, judge, model)
+    return next((row.name for row in KNOWN if row.applies(context)), "")

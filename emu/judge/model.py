@@ -1,0 +1,192 @@
+"""The model's answers to a corpus case: by the scalar walk, and by the array walk.
+
+Rules of this file: an answer has the form that the corpus has (PAR_EL1, EXC | ESR, or (ESR, FAR, HPFAR)), so that it
+can be compared word by word; a query that the judge did not try is not tried; memory is put back after every case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from emu.judge.corpus import DONE, EXC, Answer, Case, islands
+from pgtable import CPUS, Access, Fault, FaultType, PhysicalMemory, Registers, Walk, at_walk, translate
+from pgtable.at import OPERATIONS, par_of, stage2_on
+from pgtable.bulk import Many, at_many, translate_many
+from pgtable.registers import NAMES
+from pgtable.walk import Swap, branch_target
+
+# The accesses that an access corpus makes: op, the access.
+ACCESSES: dict[str, Access] = {
+    "LD1": Access.read(1),
+    "ST1": Access.write(1),
+    "LDT": Access.read(1, unprivileged=True),
+    "STT": Access.write(1, unprivileged=True),
+    "LD0": Access.read(0),
+    "ST0": Access.write(0),
+    "EX1": Access.fetch(1),
+    "EX0": Access.fetch(0),
+    "SWP1": Access.atomic(1),
+    "SWP0": Access.atomic(0),
+    "LD2": Access.read(2),
+    "ST2": Access.write(2),
+    "LDT2": Access.read(2, unprivileged=True),
+    "STT2": Access.write(2, unprivileged=True),
+    "EX2": Access.fetch(2),
+}
+INSTRUCTION = 4  # a fetch is of an aligned word
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers to a case's queries (None: not in the model), the walks behind them, and the words changed."""
+
+    answers: tuple[Answer, ...]
+    walks: tuple[Walk | None, ...]
+    after: dict[int, int]
+
+
+@cache
+def ram(cpu: str) -> PhysicalMemory:
+    """RAM as the corpora's CPU model has it; shared between cases, zero between them."""
+    return PhysicalMemory(*islands(cpu))
+
+
+@contextmanager
+def memory_of(case: Case) -> Iterator[PhysicalMemory]:
+    """RAM with a case's words in it."""
+    memory = ram(case.cpu)
+    try:
+        for pa, word in case.words.items():
+            memory.store(pa, word)
+        yield memory
+    finally:
+        for pa in case.words:
+            memory.store(pa, 0)
+
+
+def registers_of(case: Case) -> Registers:
+    """The case's registers; PSTATE.PAN of an access case is its own field."""
+    values = {name: value for name, value in case.regs.items() if name in NAMES}
+    if case.is_access:
+        values["PAN"] = case.pan
+    return Registers(CPUS[case.cpu], **values)
+
+
+def tried(case: Case) -> list[bool]:
+    """Which queries the judge tried; all, where nobody has answered yet."""
+    answers = case.answers.get(case.reference or "")
+    return [True] * len(case.queries) if answers is None else [answer is not None for answer in answers]
+
+
+def in_model(case: Case, op: str, regs: Registers) -> bool:
+    """Whether the model answers a query: stage 2 is not modelled."""
+    if case.is_access:
+        return op in ACCESSES and not stage2_on(regs)
+    return op in OPERATIONS and not (op.startswith("S12") and stage2_on(regs)) and not _nested(op, regs)
+
+
+def _nested(op: str, regs: Registers) -> bool:
+    """A stage 1 operation of EL1&0 whose table accesses go through stage 2."""
+    return stage2_on(regs) and op.startswith(("S1E0", "S1E1"))
+
+
+def by_walk(case: Case) -> Answered:
+    """One scalar walk a query, hardware updates made in between."""
+    regs = registers_of(case)
+    answers: list[Answer] = []
+    walks: list[Walk | None] = []
+    with memory_of(case) as memory:
+        touched: dict[int, int] = {}
+
+        def swap(pa: int, old: int, new: int) -> bool:
+            if memory.fetch(pa) != old:
+                return False
+            memory.store(pa, new)
+            touched[pa] = new
+            return True
+
+        for (va, op), wanted in zip(case.queries, tried(case), strict=True):
+            if not wanted or not in_model(case, op, regs):
+                walks.append(None)
+                answers.append(None)
+                continue
+            walk = _walk(case, memory, regs, va, op, swap)
+            walks.append(walk)
+            answers.append(_syndrome(walk) if case.is_access else _par(walk))
+    return Answered(tuple(answers), tuple(walks), touched)
+
+
+def _walk(case: Case, memory: PhysicalMemory, regs: Registers, va: int, op: str, swap: Swap) -> Walk:
+    if not case.is_access:
+        return at_walk(memory, regs, op, va, swap)
+    access = ACCESSES[op]
+    if op.startswith("EX"):
+        va = branch_target(regs, va & -INSTRUCTION, access.el)
+    return translate(memory, regs, va, access, swap=swap)
+
+
+def _par(walk: Walk) -> int:
+    if not isinstance(walk.result, Fault):
+        return par_of(walk.result)
+    if walk.result.type is FaultType.EXTERNAL_ON_WALK:
+        return EXC | walk.result.esr(walk.access, target_el=max(walk.access.el, 1))
+    return walk.result.par()
+
+
+def _syndrome(walk: Walk) -> Answer:
+    if walk.fault is None:
+        return DONE
+    return walk.fault.esr(walk.access), walk.va, 0
+
+
+def by_array(case: Case) -> Answered:
+    """All queries of one operation at once."""
+    regs = registers_of(case)
+    answers: list[Answer] = [None] * len(case.queries)
+    touched: dict[int, int] = {}
+    wanted = tried(case)
+    with memory_of(case) as memory:
+        for op in dict.fromkeys(op for _, op in case.queries):
+            where = [i for i, (_, o) in enumerate(case.queries) if o == op and wanted[i]]
+            if not where or not in_model(case, op, regs):
+                continue
+            vas = [case.queries[i][0] for i in where]
+            found, changed = _many(case, memory, regs, op, vas)
+            touched |= changed
+            for i, answer in zip(where, found, strict=True):
+                answers[i] = answer
+    return Answered(tuple(answers), (None,) * len(answers), touched)
+
+
+def _many(
+    case: Case, memory: PhysicalMemory, regs: Registers, op: str, vas: Sequence[int]
+) -> tuple[list[Answer], dict[int, int]]:
+    if not case.is_access:
+        many = at_many(memory, regs, op, np.array(vas, np.uint64), swap=True)
+        words = zip(many.par().tolist(), many.esr().tolist(), many.aborts.tolist(), strict=True)
+        return [EXC | esr if aborted else par for par, esr, aborted in words], _updates(many)
+    access = ACCESSES[op]
+    if op.startswith("EX"):
+        vas = [branch_target(regs, va & -INSTRUCTION, access.el) for va in vas]
+    many = translate_many(memory, regs, np.array(vas, np.uint64), access, swap=True)
+    rows = zip(many.ok.tolist(), many.esr().tolist(), vas, strict=True)
+    return [DONE if ok else (esr, va, 0) for ok, esr, va in rows], _updates(many)
+
+
+def _updates(many: Many) -> dict[int, int]:
+    updates = many.updates
+    return dict(zip(updates.pa.tolist(), updates.new.tolist(), strict=True))
+
+
+def only(case: Case, index: int) -> Case:
+    """The case with one query."""
+    return replace(
+        case,
+        queries=(case.queries[index],),
+        answers={version: (found[index],) for version, found in case.answers.items()},
+    )
