@@ -11,7 +11,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, cast
 
-from pgtable.bits import Layout, View, W
+from pgtable.bits import Field, Layout, View, W
 from pgtable.descriptors import AP_READ_ONLY, CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.features import Features
 from pgtable.permissions import Rules, RuleTable, direct_index, direct_rules, indirect_rules, overlay_rules
@@ -152,6 +152,32 @@ class WalkParams:
         return {level: tuple(self.fmt.kind(low, level) for low in range(4)) for level in range(-1, LAST_LEVEL + 1)}
 
     @cached_property
+    def rows(self) -> tuple[tuple[int, int, int, tuple[Kind, ...]], ...]:
+        """`levels` with what each level's descriptors are, by bits [1:0]."""
+        return tuple((level, shift, mask, self.kinds[level]) for level, shift, mask in self.levels)
+
+    @cached_property
+    def table_mask(self) -> int:
+        """The address bits of a table descriptor where they are in place; 0 for a split address."""
+        return _in_place(self.fmt.table(LAST_LEVEL - 1)["TA"])
+
+    @cached_property
+    def leaf_address(self) -> dict[int, tuple[int, int]]:
+        """By level: the output address bits of a leaf where they are in place (0: split), and the entry's size."""
+        size = self.fmt.granule.level_size
+        return {level: (_in_place(self.fmt.leaf(level)["OA"]), size(level)) for level, _, _ in self.levels}
+
+    @cached_property
+    def unusual(self) -> bool:
+        """There is more to ask before a walk than the VA's range."""
+        return self.epd or self.e0pd or not self.txsz_ok
+
+    @cached_property
+    def verdicts(self) -> dict[Any, Any]:
+        """What walk.py has decided about leaves, by their attributes; kept with the parameters."""
+        return {}
+
+    @cached_property
     def data_range_mask(self) -> int:
         """VA bits that must all be 0 (lower range) or 1 (upper range) for data (pseudocode VAIsOutOfRange)."""
         top = 55 if self.tbi else 63
@@ -264,6 +290,11 @@ class WalkParams:
         return TTBR["ASID"].get(self.ttbr)
 
 
+def _in_place(field: Field) -> int:
+    """The mask of an address that is read by one AND; 0 if a part of it has moved."""
+    return field.mask if len(field.spans) == 1 else 0
+
+
 _TCR: dict[Regime, tuple[str, Layout]] = {
     Regime.EL10: ("TCR_EL1", TCR_EL1),
     Regime.EL20: ("TCR_EL2", TCR_EL1),
@@ -290,7 +321,8 @@ def _txsz(txsz: int, granule: Granule, ds: bool, f: Features) -> tuple[int, bool
     """TxSZ, clamped into its limits, and whether it was in them (pseudocode S1MinTxSZ, S1MaxTxSZ, S1TxSZFaults)."""
     least = 12 if ds or (f.lva and granule is Granule.K64) else 16
     most = (47 if granule is Granule.K64 else 48) if f.ttst else 39
-    return min(max(txsz, least), most), least <= txsz <= most or not f.txsz_faults
+    faults = f.txsz_faults or (f.lva and txsz < least)  # with FEAT_LVA no choice is left below the minimum
+    return min(max(txsz, least), most), least <= txsz <= most or not faults
 
 
 def _ps_bits(field: int, granule: Granule, f: Features) -> int:

@@ -145,10 +145,16 @@ def translate(
     without it they are only listed in `updates`. Source: pseudocode AArch64.S1Translate.
     """
     access = access or _READ
-    if not 0 <= va < 1 << 64:
+    if va >> 64:
         raise ValueError(f"VA {va:#x}: must be 64 bits")
-    regime = regime or regime_of(regs, access.el)
-    return walk(memory.fetch, WalkParams.of(regs, regime, va), va, access, swap)
+    if regime is None:
+        key = access.el, va >> 55 & 1
+        params = regs._params.get(key)
+        if params is None:
+            params = regs._params[key] = WalkParams.of(regs, regime_of(regs, access.el), va)
+    else:
+        params = WalkParams.of(regs, regime, va)
+    return walk(memory.fetch, params, va, access, swap)
 
 
 _READ = Access()
@@ -196,28 +202,60 @@ def _translate(
 ) -> Translation | Fault:
     if not p.mmu_on:
         return _mmu_off(p, va, access)
-    unprivileged = _as_el0(p, access)
-    fault = _before_the_walk(p, va, access, unprivileged)
+    fault = _before_the_walk(p, va, access)
     if fault:
         return fault
     leaf = _descend(fetch, p, va, raw, updates)
     if isinstance(leaf, Fault):
         return leaf
     level, pa, word, inherited = leaf
-    fault = _leaf_fault(p, level, word, access)
+    oa_mask, offset = p.leaf_address[level]
+    oa = word & oa_mask if oa_mask else p.output_address(level, word)
+    if oa & p.over:
+        return _early_leaf_fault(p, level, word) or Fault(FaultType.ADDRESS_SIZE, level, cause="OA")
+    # All that is left depends on the leaf's attributes, not on its address: it is decided once and kept.
+    key = word & ~oa_mask, level, inherited, access
+    verdict = p.verdicts.get(key)
+    if verdict is None:
+        verdict = p.verdicts[key] = _verdict(p, level, word, inherited, access)
+    if isinstance(verdict, Fault):
+        return verdict
+    changed, attr, sh, perms, ng, ns, run = verdict
+    if changed:
+        updates.append(Update(pa, word, word ^ changed))
+    offset *= run
+    if p.secure and any(w & p.ns_table for _, _, w in raw[:-1]):
+        ns, ng = True, p.regime.has_el0  # Secure tables that led to Non-secure ones: the entry is not global
+    return Translation(oa & -offset | va & offset - 1, level, word, attr, sh, perms, ng, ns)
+
+
+class _Leaf(NamedTuple):
+    """What is decided by a leaf's attributes: bits that hardware changes, and the result without its address."""
+
+    changed: int
+    attr: int
+    sh: int
+    perms: int
+    nG: bool
+    ns: bool
+    run: int  # entries of the contiguous run whose offset comes from the VA; 1 for none
+
+
+def _verdict(p: WalkParams, level: int, word: int, inherited: int, access: Access) -> _Leaf | Fault:
+    """Contiguous, nT, access flag, alignment, permission: in this order (pseudocode S1Walk, S1CheckPermissions)."""
+    fault = _early_leaf_fault(p, level, word)
     if fault:
         return fault
+    if not word & p.af and not p.ha:
+        return Fault(FaultType.ACCESS_FLAG, level, cause="AF")
     attr = p.mair[_attr_index(p, word)]
     if not access.aligned and access.type is not AccessType.FETCH and is_device(attr):
         return Fault(FaultType.ALIGNMENT, level)
     base, overlay, pan = leaf_permissions(p, word, inherited)
-    fault = _permission_fault(p, level, word, access, unprivileged, base, overlay, pan)
+    fault = _permission_fault(p, level, word, access, _as_el0(p, access), base, overlay, pan)
     if fault:
         return fault
-    new = _updated(p, word, access)
-    if new != word:
-        updates.append(Update(pa, word, new))
-    return _output(p, va, access, level, word, attr, base & overlay, raw)
+    return _leaf_output(p, level, word, inherited, access, attr, base & overlay)
 
 
 def _as_el0(p: WalkParams, access: Access) -> bool:
@@ -228,14 +266,17 @@ def _as_el0(p: WalkParams, access: Access) -> bool:
     return not uao and (access.el == 1 or (access.el == 2 and p.el0_is_host))
 
 
-def _before_the_walk(p: WalkParams, va: int, access: Access, unprivileged: bool) -> Fault | None:
+def _before_the_walk(p: WalkParams, va: int, access: Access) -> Fault | None:
     """Checks that read no descriptor; all report level 0 (pseudocode S1Translate)."""
+    mask = p.fetch_range_mask if access.type is AccessType.FETCH else p.data_range_mask
+    in_range = va & mask == (mask if p.upper else 0)
+    if in_range and not p.unusual:
+        return None
     if not p.txsz_ok:
         return Fault(FaultType.TRANSLATION, 0, cause="TxSZ")
-    mask = p.fetch_range_mask if access.type is AccessType.FETCH else p.data_range_mask
-    if va & mask != (mask if p.upper else 0):
+    if not in_range:
         return Fault(FaultType.TRANSLATION, 0, cause="range")
-    if unprivileged and p.e0pd:
+    if p.e0pd and _as_el0(p, access):
         return Fault(FaultType.TRANSLATION, 0, cause="E0PD")
     if p.epd:
         return Fault(FaultType.TRANSLATION, 0, cause="EPD")
@@ -247,40 +288,37 @@ def _descend(
 ) -> tuple[int, int, int, int] | Fault:
     """From the root to the leaf: (level, descriptor PA, leaf, table attributes), or what stopped it."""
     table, inherited = p.base, 0
+    over, table_mask, big_endian, haft = p.over, p.table_mask, p.big_endian, p.haft
     above = 0  # the level whose output address `table` is: 0 for TTBR
-    for level, shift, mask in p.levels:
+    for level, shift, mask, kinds in p.rows:
         pa = table | (va >> shift & mask) << 3
-        if pa & p.over:
+        if pa & over:
             return Fault(FaultType.ADDRESS_SIZE, above, cause="table" if raw else "TTBR")
         try:
             word = fetch(pa)
         except NoMemory:
             return Fault(FaultType.EXTERNAL_ON_WALK, level)
-        if p.big_endian:
+        if big_endian:
             word = int.from_bytes(word.to_bytes(8, "big"), "little")
         raw.append((level, pa, word))
-        kind = p.kinds[level][word & 3]
-        if kind is Kind.INVALID:
-            return Fault(FaultType.TRANSLATION, level, cause="descriptor")
+        kind = kinds[word & 3]
         if kind is not Kind.TABLE:
+            if kind is Kind.INVALID:
+                return Fault(FaultType.TRANSLATION, level, cause="descriptor")
             return level, pa, word, inherited & p.inherited_mask
-        if p.haft and not word & p.table_af:
+        if haft and not word & p.table_af:
             updates.append(Update(pa, word, word | p.table_af))
         inherited |= word
-        table, above = p.table_address(word), level
+        table, above = word & table_mask if table_mask else p.table_address(word), level
     raise AssertionError("level 3 has no tables")
 
 
-def _leaf_fault(p: WalkParams, level: int, word: int, access: Access) -> Fault | None:
-    """Contiguous, nT, address size, access flag: in this order (pseudocode S1Walk)."""
+def _early_leaf_fault(p: WalkParams, level: int, word: int) -> Fault | None:
+    """What comes before the output address: a misprogrammed contiguous run, nT (both only where the CPU faults)."""
     if p.features.contiguous_faults and word & p.contiguous and p.run_too_large(level):
         return Fault(FaultType.TRANSLATION, level, cause="Contiguous")
     if p.features.nt_faults and level < LAST_LEVEL and p.features.bbm and word & p.nt:
         return Fault(FaultType.TRANSLATION, level, cause="nT")
-    if p.output_address(level, word) & p.over:
-        return Fault(FaultType.ADDRESS_SIZE, level, cause="OA")
-    if not word & p.af and not p.ha:
-        return Fault(FaultType.ACCESS_FLAG, level, cause="AF")
     return None
 
 
@@ -343,23 +381,17 @@ def _updated(p: WalkParams, word: int, access: Access) -> int:
     return new
 
 
-def _output(
-    p: WalkParams, va: int, access: Access, level: int, word: int, attr: int, perms: int, raw: list[RawStep]
-) -> Translation:
+def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: Access, attr: int, perms: int) -> _Leaf:
     attr = _effective_attr(p, access, attr)
-    sh = OUTER_SHAREABLE if FORCED_OUTER[attr] else p.sh if p.fmt.lpa2 else p.page["SH"].get(word)
-    pa = p.output_address(level, word)
-    offset = p.offset_mask(level, word)
-    secure = p.secure and not any(w & p.ns_table for _, _, w in raw[:-1])
-    return Translation(
-        pa=pa & ~offset | va & offset,
-        level=level,
-        word=word,
+    run = p.run_length(level) if p.features.contiguous_output and word & p.contiguous else 1
+    return _Leaf(
+        changed=_updated(p, word, access) ^ word,
         attr=attr,
-        sh=sh,
+        sh=OUTER_SHAREABLE if FORCED_OUTER[attr] else p.sh if p.fmt.lpa2 else p.page["SH"].get(word),
         perms=perms,
-        nG=bool(p.regime.has_el0 and (word & p.ng or (p.secure and not secure))),
-        ns=not secure or bool(word & p.ns),
+        nG=bool(p.regime.has_el0 and word & p.ng),
+        ns=not p.secure or bool(word & p.ns),
+        run=run,
     )
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
 from pgtable import AccessType, FaultType, Granule, Translation, Walk
-from pgtable.attributes import MemoryAttributes, is_device
+from pgtable.attributes import MemoryAttributes, forced_outer, is_device
+from pgtable.descriptors import LAST_LEVEL
 from pgtable.registers import PAR_OK
 
 
@@ -97,6 +98,19 @@ def _low_memory(c: Context) -> bool:
     return aborted and c.walk.params.secure and c.walk.params.table_address(c.last) < BASE_RAM[0]
 
 
+def _block_level(c: Context) -> bool:
+    fault = c.walk.fault
+    refused = fault is not None and fault.cause == "descriptor" and fault.level < LAST_LEVEL
+    return c.case.reference == OLD and refused and c.last & 3 == BLOCK
+
+
+def _raw_sharing(c: Context) -> bool:
+    return c.case.reference == OLD and c.only("SH") and isinstance(c.model, int) and forced_outer(c.model >> 56)
+
+
+OLD = "7.2"  # Debian 12's QEMU
+BLOCK = 1  # bits [1:0] of a block descriptor
+
 KNOWN: tuple[Known, ...] = (
     Known(
         "T1",
@@ -139,6 +153,20 @@ KNOWN: tuple[Known, ...] = (
         "with PIE a write to a page with nDirty = 1 faults when hardware does not manage the dirty state "
         "(S1CheckPermissions), for AT too; QEMU's AT ignores nDirty",
         _dirty_state,
+    ),
+    Known(
+        "T16",
+        "QEMU 7.2",
+        "a block is legal only at the levels of BlockDescSupported (4K: 0 only with DS = 1, 16K: 1 only with DS = 1): "
+        "elsewhere a translation fault; 7.2 takes it",
+        _block_level,
+    ),
+    Known(
+        "T20",
+        "QEMU 7.2",
+        "Device and Normal non-cacheable memory is outer shareable (EffectiveShareability, PAREncodeShareability); "
+        "7.2 reports the descriptor's SH",
+        _raw_sharing,
     ),
     Known(
         "low memory",
