@@ -22,6 +22,7 @@ from emu.judge.qemu import Oracle, UnsupportedError
 from emu.judge.shrink import shrink
 from emu.judge.verdict import Disagreement, Tally, judge_case
 
+STORED = 3  # failing cases that are shrunk and stored in a run: each takes up to half a minute
 SHOWN = 20  # unexplained disagreements printed in full
 
 
@@ -114,7 +115,7 @@ class Verdict:
             for i in range(count):
                 case = random_cases.random_case(rng, kinds[i % len(kinds)], avoid=avoid)
                 answered = _asked(oracle, case)
-                if self.add(answered):
+                if self.add(answered) and len(self.stored) < STORED:
                     self._store(oracle, case, store, f"seed{seed}-{i}")
                 progress.advance(task)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from pgtable.permissions import PR, PW, PX
+from pgtable.permissions import PG, PR, PW, PX
 
 
 class AccessType(Enum):
@@ -15,6 +15,8 @@ class AccessType(Enum):
     WRITE = "write"
     ATOMIC = "atomic"  # read and write: needs both
     FETCH = "fetch"
+    GCS_READ = "guarded control stack read"
+    GCS_WRITE = "guarded control stack write"
     CLEAN = "cache clean"  # DC C*, IC IVAU: needs read at EL0, nothing at a higher EL
     CLEAN_INVALIDATE = "cache clean and invalidate"  # DC CIVAC: with SCTLR.CMOW also write at EL0
     INVALIDATE = "cache invalidate"  # DC IVAC: needs write
@@ -65,7 +67,17 @@ class Access:
     @property
     def writes(self) -> bool:
         """Changes memory, so that hardware may mark the page dirty."""
-        return self.type in (AccessType.WRITE, AccessType.ATOMIC)
+        return self.type in (AccessType.WRITE, AccessType.ATOMIC, AccessType.GCS_WRITE)
+
+    @property
+    def asks_write(self) -> bool:
+        """A refusal counts as a write's, unless a read would have been refused too; nDirty is looked at."""
+        return self.writes or self.type in (AccessType.AT_WRITE, AccessType.INVALIDATE)
+
+    @property
+    def is_gcs(self) -> bool:
+        """To a guarded control stack: needs a page that is one, and is reported with ESR.GCS = 1."""
+        return self.type in (AccessType.GCS_READ, AccessType.GCS_WRITE)
 
     @property
     def is_at(self) -> bool:
@@ -101,6 +113,8 @@ _NEEDS = {
     AccessType.WRITE: PW,
     AccessType.ATOMIC: PR | PW,
     AccessType.FETCH: PX,
+    AccessType.GCS_READ: PG,
+    AccessType.GCS_WRITE: PG,
     AccessType.CLEAN: PR,
     AccessType.CLEAN_INVALIDATE: PR,
     AccessType.INVALIDATE: PW,

@@ -83,13 +83,14 @@ class Fault(NamedTuple):
             EC=(EC_FETCH if fetch else EC_DATA) + int(access.el == target),
             DirtyBit=int(self.dirty_bit and not fetch),
             Overlay=int(self.overlay),
+            GCS=int(access.is_gcs),
         )
 
     def _wnr(self, access: Access) -> bool:
         """WnR: 0 for an atomic that a read would have stopped too; maintenance always counts as a write."""
         if self.type is FaultType.PERMISSION:
             return self.write or access.is_maintenance
-        return access.type is AccessType.WRITE or access.is_maintenance
+        return access.type in (AccessType.WRITE, AccessType.GCS_WRITE) or access.is_maintenance
 
     def par(self) -> int:
         """PAR_EL1 after an AT instruction that met this fault (pseudocode EncodePAR)."""

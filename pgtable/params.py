@@ -87,6 +87,8 @@ class WalkParams:
     fetch_cacheable: bool  # SCTLR.I
     default_cacheable: bool  # HCR_EL2.DC
     secure: bool
+    asid: int | None  # None: the regime has no ASIDs
+    cnp: bool  # common, not private: TLB entries are shared with other PEs
     sh: int  # TCR.SHn: what a leaf has when DS = 1
     mair: tuple[int, ...]
     rules: Rules
@@ -284,11 +286,6 @@ class WalkParams:
         """A table's NSTable bit."""
         return self.fmt.table(LAST_LEVEL - 1)["NSTable"].mask
 
-    @cached_property
-    def asid(self) -> int:
-        """TTBR.ASID of this half's own TTBR."""
-        return TTBR["ASID"].get(self.ttbr)
-
 
 def _in_place(field: Field) -> int:
     """The mask of an address that is read by one AND; 0 if a part of it has moved."""
@@ -356,6 +353,12 @@ def _rules(regs: Registers, regime: Regime, pie: bool, wxn: bool, epan: bool) ->
     return indirect_rules(regs[f"PIR_EL{regime.el}"], pire0)
 
 
+def _asid(regs: Registers, el: int, tcr: View) -> int:
+    """The current ASID: from the TTBR that TCR.A1 names, 8 bits unless TCR.AS (pseudocode ASID_read)."""
+    asid = TTBR["ASID"].get(regs[f"TTBR{int(tcr.A1)}_EL{el}"])
+    return asid if tcr.AS else asid & 0xFF
+
+
 def _mair(regs: Registers, el: int, aie: bool) -> tuple[int, ...]:
     """The attribute bytes by AttrIndx: eight, or sixteen with MAIR2."""
     low = tuple(f.get(regs[f"MAIR_EL{el}"]) for f in reversed(MAIR.fields))
@@ -409,6 +412,8 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         fetch_cacheable=bool(sctlr.I),
         default_cacheable=bool(regime is Regime.EL10 and hcr.DC),
         secure=not SCR_EL3["NS"].get(regs.SCR_EL3),
+        asid=_asid(regs, el, tcr) if has_el0 else None,
+        cnp=bool(TTBR["CnP"].get(regs[f"TTBR{int(upper)}_EL{el}"])),
         sh=int(tcr.SH1 if upper else tcr.SH0),
         mair=_mair(regs, el, aie),
         rules=_rules(regs, regime, pie, bool(sctlr.WXN), epan),

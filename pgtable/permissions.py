@@ -19,11 +19,11 @@ import numpy as np
 from pgtable.bits import W
 from pgtable.registers import NIBBLES
 
-PR, PW, PX, UR, UW, UX, PG, UG = (1 << i for i in range(8))
+PR, PW, PX, PG, UR, UW, UX, UG = (1 << i for i in range(8))
 PRIVILEGED = PR | PW | PX | PG
 UNPRIVILEGED = UR | UW | UX | UG
 ALL = PRIVILEGED | UNPRIVILEGED
-TO_UNPRIVILEGED = 3  # PR << 3 is UR, and so on for W and X
+TO_UNPRIVILEGED = 4  # PR << 4 is UR, and so on
 
 
 class RuleTable:
@@ -136,7 +136,7 @@ def _indirect(privileged: int, unprivileged: int | None) -> tuple[int, int, int,
 
 def _as_unprivileged(p: int) -> int:
     """Privileged permission bits moved to their EL0 places."""
-    return (p & (PR | PW | PX)) << TO_UNPRIVILEGED | (UG if p & PG else 0)
+    return p << TO_UNPRIVILEGED
 
 
 # A POR nibble grants read (bit 0), execute (bit 1) and write (bit 2); with bit 3 set it is reserved: nothing.

@@ -364,9 +364,9 @@ def _permission_fault(
     for by_overlay, granted in ((True, overlay), (False, base)):
         missing = need & ~(granted >> shift)
         if missing:
-            write = bool(need & PW) and not missing & PR
+            write = access.asks_write and not missing & PR
             return Fault(FaultType.PERMISSION, level, write=write, overlay=by_overlay, cause="permission")
-    if p.pie and need & PW and not p.hd and word & p.not_dirty:
+    if p.pie and access.asks_write and not p.hd and word & p.not_dirty:
         return Fault(FaultType.PERMISSION, level, write=True, dirty_bit=True, cause="dirty")
     return None
 
