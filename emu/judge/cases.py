@@ -266,6 +266,8 @@ class _Draw:
         highest = (47 if shift == 16 else 48) if self.model in TTST else 39
         if self.kind.regime == "EL3":
             highest = 33  # the asking program's page is in the range
+        if ds and rng.random() < 0.4:
+            return rng.randint(lowest, 16)  # with 4K these begin at level -1
         return rng.choice((lowest, lowest, highest, 16, 25, *(rng.randint(lowest, highest) for _ in range(5))))
 
     def _root(self, space: Space) -> int:

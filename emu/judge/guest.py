@@ -36,6 +36,7 @@ OPERATIONS = 0x4030_0000
 OUTCOMES = 0x4080_0000
 CAPACITY = (TABLES - OUTCOMES) // 64
 """How many operations fit in one run."""
+START_TIMEOUT = 30.0  # seconds; it takes a tenth of one
 FIRMWARE = struct.pack("<3I", 0xD2A8_0400, 0xD61F_0000, 0xD503_201F)  # movz x0, #PROGRAM >> 16, lsl 16; br x0; nop
 
 RETURNED, EXCEPTION, FROM_LOWER = 0, 1, 2
@@ -158,7 +159,7 @@ class Guest:
                 pass_fds=[*self._files, firmware],
             )
             self._end_process = weakref.finalize(self, _end, self._process)
-            self.run(np.zeros((0, 2), np.uint64))
+            self.run(np.zeros((0, 2), np.uint64), max(self.timeout, START_TIMEOUT))
         except GuestDied as e:
             raise OracleError(f"{self.qemu} did not start: {e}") from None
         finally:
@@ -184,19 +185,19 @@ class Guest:
             arguments += ["-object", _backend(f"d{i}", fd, size), "-device", f"pc-dimm,memdev=d{i},addr={base}"]
         return arguments
 
-    def run(self, operations: Words) -> Words:
+    def run(self, operations: Words, timeout: float | None = None) -> Words:
         """Do operations, rows of (thunk, X1), and give their outcomes, rows of 8 (see HOW)."""
         count = len(operations)
         if count > CAPACITY:
             raise OracleError(f"{count} operations in one run, the guest has room for {CAPACITY}")
         self.view(OPERATIONS, 2 * count)[:] = operations.ravel()
         self.view(MAILBOX, 3)[:] = (count, OPERATIONS, OUTCOMES)
-        if not self._answered():
+        if not self._answered(timeout or self.timeout):
             left = int(self.view(MAILBOX, 1)[0])
             raise GuestDied(self._last_words(), count - left)
         return self.view(OUTCOMES, 8 * count).reshape(count, 8).copy()
 
-    def _answered(self) -> bool:
+    def _answered(self, timeout: float) -> bool:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -206,7 +207,7 @@ class Guest:
             return False
         waiting = select.poll()
         waiting.register(stdout, select.POLLIN)
-        return bool(waiting.poll(self.timeout * 1000)) and bool(stdout.read(1))
+        return bool(waiting.poll(timeout * 1000)) and bool(stdout.read(1))
 
     def _last_words(self) -> str:
         hung = self._process.poll() is None and not self._gone()

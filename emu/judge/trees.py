@@ -180,7 +180,7 @@ class Grower:
     def _path(self, space: Space, at: int) -> None:
         rng, va = self.rng, 0
         levels = range(space.start, 4)
-        last = rng.choices(levels, [4 if level == 3 else 2 if space.has_blocks(level) else 0.6 for level in levels])[0]
+        last = rng.choices(levels, [4 if level == 3 else 2 if space.has_blocks(level) else 0.9 for level in levels])[0]
         for level in range(space.start, last):
             entry, va = self._step(space, level, at, va, rng.random() < 0.6)
             if entry not in self.mem:
@@ -220,8 +220,10 @@ class Grower:
 
     def table(self, space: Space, size: int, limit: int = 52) -> int:
         """An unused place for a table below the output size (and 2^limit): RAM, at a multiple of `size`."""
-        granule = max(1 << space.shift, size, 1 << 16 if self.style.guarded else 0)
-        top = 1 << min(space.out_bits, space.field_bits, limit)
+        if self.style.guarded:
+            size = 1 << 16  # bits [15:12] are zero then, whatever they mean
+        granule = max(1 << space.shift, size)
+        top = 1 << min(self._reach(space), limit)
         homes = [i for i in islands(self.cpu) if sum(i) <= top]
         while True:
             base, length = self.rng.choice(homes)
@@ -232,10 +234,14 @@ class Grower:
                 self._used.update(pages)
                 return at + self.rng.randrange(granule // size) * size
 
+    def _reach(self, space: Space) -> int:
+        """How many bits a usable address may have; a guarded one means the same in every format."""
+        return min(space.out_bits, space.field_bits, 48 if self.style.guarded else 52)
+
     def hole(self, space: Space) -> int:
         """An address below the output size with nothing there."""
         while True:
-            pa = self.rng.getrandbits(self.rng.randint(31, min(space.out_bits, space.field_bits))) & -(1 << 16)
+            pa = self.rng.getrandbits(self.rng.randint(31, self._reach(space))) & -(1 << 16)
             if is_safe(pa, self.cpu) and not has_ram(pa, self.cpu):
                 return pa
 
