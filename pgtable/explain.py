@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 from pgtable.attributes import MemoryAttributes
@@ -41,12 +42,15 @@ _REGISTERS = (
 
 
 def deciders(found: Walk) -> list[Decider]:
-    """The bits without any one of which there would be no fault, leaf first; [] where no single bit decides."""
+    """The bits without any one of which there would be no fault, leaf first.
+
+    Where several bits forbid a permission, each by itself, all of them are named.
+    """
     fault = found.fault
     if fault is None:
         return []
     if fault.type is FaultType.PERMISSION:
-        return [*_leaf_bits(found), *_table_bits(found), *_register_bits(found)]
+        return [*_leaf_bits(found), *_table_bits(found), *_register_bits(found)] or list(_each_by_itself(found))
     return list(_named_bits(found, fault))
 
 
@@ -121,6 +125,31 @@ def _table_bits(found: Walk) -> Iterator[Decider]:
                 value = table[name].get(step.word)
                 text = f"the leaf alone would allow it: {name} = {value:#x} {where}"
                 yield _at(step, table[name], text)
+
+
+def _each_by_itself(found: Walk) -> Iterator[Decider]:
+    """Leaf and table bits that each forbid the access, were they the only ones to."""
+    p, leaf_step = found.params, found.steps[-1]
+    cleared = {s.pa: s.word & ~p.inherited_mask for s in found.steps if s.kind is Kind.TABLE}
+    words = {pa: word for _, pa, word in found.raw} | cleared
+    for decider in _leaf_bits(walk(words.__getitem__, p, found.va, found.access)):
+        yield decider._replace(text=f"{decider.text} forbids it by itself")
+    leaf = p.fmt.leaf(leaf_step.level)
+    names = [name for name in ("AP", "UXN", "PXN", "XN") if name in leaf]
+    for values in product(*(range(leaf[name].value_mask + 1) for name in names)):
+        allowing = {leaf_step.pa: leaf.pack(leaf_step.word, **dict(zip(names, values, strict=True)))}
+        if _would_pass(found, p, cleared | allowing):
+            break
+    else:
+        return
+    for step in found.steps[:-1]:
+        table = p.fmt.table(step.level)
+        for name in ("APTable", "UXNTable", "PXNTable", "XNTable"):
+            if name in table and table[name].get(step.word):
+                alone = {step.pa: table[name].put(cleared[step.pa], table[name].get(step.word))}
+                if not _would_pass(found, p, cleared | allowing | alone):
+                    text = f"{name} at level {step.level}, entry {step.entry} forbids it by itself"
+                    yield _at(step, table[name], text)
 
 
 def _register_bits(found: Walk) -> Iterator[Decider]:
