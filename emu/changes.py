@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from pgtable import Format
+from pgtable import Format, PhysicalMemory, Registers
 from pgtable.bits import Words
 from pgtable.leaves import Levels, Tables
+from pgtable.leaves import tables as tables_of
 from pgtable.memory import Mark, difference
 
 
@@ -50,21 +51,22 @@ class Change(NamedTuple):
 class Changes(Sequence[Change]):
     """The changed descriptors in PA order; `va`, `pa`, `old`, `new` uint64 and `level` int8, all of shape (n,).
 
-    `before` and `after` are copies of the pages that may hold tables; `tables` is where the tree's tables are after.
+    `before` and `after` are copies of the pages that may hold tables; the tree is the one of `regs` in `after`.
     The comparison is made when it is first asked for. A page that was given out in between (`after` has it, `before`
     has not) counts only if the tree reaches it. `level` is -128, and `va` 0, for a word that no tree reaches.
     """
 
     UNREACHED = -128
 
-    def __init__(self, before: Mark, after: Mark, fmt: Format, tables: Tables | None) -> None:
-        self._before, self._after, self._tables = before, after, tables
+    def __init__(self, before: Mark, after: Mark, fmt: Format, regs: Registers | None) -> None:
+        self._before, self._after, self._regs = before, after, regs
         self.fmt = fmt
 
     @cached_property
     def _columns(self) -> tuple[Words, Words, Words, Words, Levels]:
         pa, old, new = difference(self._before, self._after)
-        va, level = _places(pa, self.fmt, self._tables)
+        tables = _tables(self._after, self._regs) if self._regs and len(pa) else None
+        va, level = _places(pa, self.fmt, tables)
         columns = (pa, old, new, va, level)
         if self._before.ranges == self._after.ranges:
             return columns
@@ -122,6 +124,13 @@ class Changes(Sequence[Change]):
         return f"<{len(self)} changed descriptors>"
 
 
+def _tables(mark: Mark, regs: Registers) -> Tables:
+    """The table pages of the tree as it was when `mark` was made, those that it has copies of."""
+    memory = PhysicalMemory(*((pa, 8 * n) for pa, n in mark.ranges))
+    memory.restore(mark)
+    return tables_of(memory, regs)
+
+
 def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Levels]:
     """VA and level of the descriptors at `pa`, found through the table pages they are in."""
     page = fmt.granule.page_size
@@ -131,13 +140,10 @@ def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Level
         return va, level
     order = np.argsort(tables.pa, kind="stable")
     starts = tables.pa[order]
-    at = np.maximum(np.searchsorted(starts, pa, side="right") - 1, 0)
-    inside = (pa >= starts[at]) & (pa - starts[at] < np.uint64(page))
-    table = order[at]
-    level[inside] = tables.level[table][inside]
-    entry = (pa - tables.pa[table]) >> np.uint64(3)
-    for each in np.unique(level[inside]):
-        here = inside & (level == each)
-        size = np.uint64(fmt.granule.level_size(int(each)))
-        va[here] = tables.va[table][here] + entry[here] * size
+    first, end = np.searchsorted(pa, starts), np.searchsorted(pa, starts + np.uint64(page))  # pa is ascending
+    for k in np.flatnonzero(end > first).tolist():
+        inside, table = slice(first[k], end[k]), order[k]
+        level[inside] = tables.level[table]
+        size = np.uint64(fmt.granule.level_size(int(tables.level[table])))
+        va[inside] = tables.va[table] + (pa[inside] - starts[k] >> np.uint64(3)) * size
     return va, level

@@ -21,9 +21,7 @@ from kernel_model.mm import Barrier, Event, Kernel, Tlbi, Warn, Write
 from kernel_model.names import Bits
 from kernel_model.pagewalk import MmWalk, MmWalkOps, walk_pgd_range
 from kernel_model.variants import Variant, by_name, detect
-from pgtable import PhysicalMemory
-from pgtable.build import TableBuilder
-from pgtable.leaves import tables as tables_of
+from pgtable.build import MapError, TableBuilder
 from pgtable.memory import Mark, difference
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ Prepare = Callable[[TableBuilder, coldboot.Plan], Call]
 
 @dataclass(frozen=True)
 class Case:
-    """One check: `prepare` maps what it needs and says what to call. `pages`: the allocator stub has pages to give."""
+    """One check: `prepare` maps what it needs and says what to call. `blocks`: the budget of a call without an end."""
 
     name: str
     prepare: Prepare
@@ -206,17 +204,17 @@ def predict(kernel: Kernel, made: coldboot.SetUp, call: Call) -> Outcome:
         value = pageattr.set_memory_valid(kernel, call.addr, call.numpages, call.enable)
     except (mm.Runaway, LookupError):
         stop = RUNAWAY
-    words = _words(kernel.memory, mark, kernel.memory.mark(ranges), made)
+    words = _words(mark, kernel.memory.mark(ranges), made)
     return Outcome(value, words, tuple(kernel.events), stop)
 
 
-def _words(memory: PhysicalMemory, before: Mark, after: Mark, made: coldboot.SetUp) -> dict[int, Word]:
+def _words(before: Mark, after: Mark, made: coldboot.SetUp) -> dict[int, Word]:
     """Changed descriptors with their place in the tree as it is afterwards."""
     from emu.changes import Changes
 
     if not len(difference(before, after).pa):
         return {}
-    changes = Changes(before, after, made.tables.fmt, tables_of(memory, made.registers))
+    changes = Changes(before, after, made.tables.fmt, made.registers)
     return {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in changes}
 
 
@@ -291,6 +289,9 @@ def linear_pages(pages: int, enable: int, *, keeps_present: bool = False) -> Cas
 
     def prepare(tables: TableBuilder, plan: coldboot.Plan) -> Call:
         va = plan.linear_va(plan.ram[0] + plan.ram[1] // 2)
+        room = (plan.pool[0] - plan.linear_pa(va)) // plan.page_size
+        if pages > room:  # the kernel reaches its tables by the linear map
+            raise MapError(f"{pages} pages: only {room} lie between {va:#x} and the tables of the linear map")
         if enable and pages:
             tables.protect(va, pages * plan.page_size, VALID=0, nG=int(keeps_present))
         return Call(va, pages, enable)

@@ -11,13 +11,14 @@ Sources: arch/arm64/include/asm/memory.h, mm/mmu.c map_mem, kernel/head.S; facts
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from emu.image import BtfError, KernelImage, SymbolError
-from pgtable import Format, Granule, PhysicalMemory, Registers
+from pgtable import CPUS, Features, Format, Granule, PhysicalMemory, Registers
 from pgtable.build import TableBuilder
 from pgtable.registers import MAIR, PA_BITS, SCTLR_EL1, TCR_EL1, TTBR
 
@@ -31,6 +32,9 @@ BLOCK = 2 << 20
 # The attributes of MAIR_EL1 that arm64 Linux uses: Normal, Normal (tagged once MTE is on), NC, nGnRnE, nGnRE.
 LINUX_MAIR = MAIR.pack(Attr0=0xFF, Attr1=0xFF, Attr2=0x44, Attr3=0x00, Attr4=0x04)
 STRUCT_PAGE = 64
+
+
+UNICORN = CPUS["unicorn"]
 
 
 class BootError(ValueError):
@@ -134,8 +138,7 @@ def protections(fmt: Format, *, ng: bool = False) -> Protections:
     """The templates in `fmt`; `ng`: arm64_use_ng_mappings, the kernel is not global."""
     leaf = fmt.leaf(3)
     software_dirty = leaf["IGNORED_58_55"].put(0, 1)
-    sh = {"SH": 3} if "SH" in leaf else {}
-    base = leaf.pack(software_dirty, AF=1, UXN=1, DBM=1, nG=int(ng), **sh)
+    base = leaf.pack(software_dirty, AF=1, UXN=1, DBM=1, nG=int(ng), **_shareable(fmt))
     return Protections(
         kernel=leaf.pack(base, PXN=1),
         linear=leaf.pack(base, PXN=1, AttrIndx=1),
@@ -144,14 +147,21 @@ def protections(fmt: Format, *, ng: bool = False) -> Protections:
     )
 
 
-def make_plan(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = None) -> Plan:
+def _shareable(fmt: Format) -> dict[str, int]:
+    """Inner shareable; with LPA2 it is TCR_EL1 that says so."""
+    return {} if fmt.lpa2 else {"SH": 3}
+
+
+def make_plan(
+    image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = None, features: Features = UNICORN
+) -> Plan:
     """Where things go for `image`; `va_bits`: 64 - T1SZ (default: the smallest that the build can run with)."""
     layout = image.layout
     page = 1 << layout.page_shift
     bits = va_bits or layout.va_bits_min
     if bits not in (layout.va_bits, layout.va_bits_min):
         raise BootError(f"{image.name}: runs with {layout.va_bits_min} or {layout.va_bits} VA bits, not {bits}")
-    _check_bits(bits)
+    _check_bits(bits, Granule(layout.page_shift), features)
     needed = _up(image.size, BLOCK) + 2 * TABLE_POOL + ram // page * STRUCT_PAGE
     if ram % BLOCK or ram < needed:
         raise BootError(f"ram {ram:#x}: must be a multiple of {BLOCK:#x} and at least {_up(needed, BLOCK):#x}")
@@ -162,9 +172,10 @@ def make_plan(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = 
     return _plan(page, bits, ram, window, RAM_BASE - lowered, TABLE_POOL)
 
 
-def _check_bits(va_bits: int) -> None:
-    if va_bits > 48:
-        raise BootError(f"{va_bits} VA bits need FEAT_LPA2 or FEAT_LVA, and Unicorn's CPU has neither: at most 48")
+def _check_bits(va_bits: int, granule: Granule, features: Features) -> None:
+    if va_bits > 48 and not (features.lva if granule is Granule.K64 else features.lpa2):
+        whose = "Unicorn's CPU has neither" if features is UNICORN else f"{features.name} has not"
+        raise BootError(f'{va_bits} VA bits need FEAT_LPA2 or FEAT_LVA, and {whose}: at most 48 (see mmu="model")')
 
 
 def _plan(page: int, va_bits: int, ram: int, window: int, memstart: int, table_pool: int) -> Plan:
@@ -220,21 +231,31 @@ class Template:
     def __init__(self, made: SetUp) -> None:
         self._made = made
         self._frozen = made.memory.freeze()
+        weakref.finalize(self, self._frozen.close)
 
     def thaw(self) -> SetUp:
         """A fresh copy."""
         return self._made.on(self._frozen.thaw())
 
 
-_TEMPLATES: dict[tuple[object, ...], Template] = {}
+# Of each image, for as long as it is there, by RAM, VA bits and nG.
+_TEMPLATES: weakref.WeakKeyDictionary[KernelImage, dict[tuple[int, int, bool], Template]] = weakref.WeakKeyDictionary()
 
 
-def template(image: KernelImage, *, ram: int = RAM_SIZE, va_bits: int | None = None, ng: bool = False) -> Template:
-    """The cold boot of `image`, made once in a process."""
-    key = (id(image), image.release, ram, va_bits, ng)
-    if key not in _TEMPLATES:
-        _TEMPLATES[key] = Template(set_up(image, make_plan(image, ram=ram, va_bits=va_bits), ng=ng))
-    return _TEMPLATES[key]
+def template(
+    image: KernelImage,
+    *,
+    ram: int = RAM_SIZE,
+    va_bits: int | None = None,
+    ng: bool = False,
+    features: Features = UNICORN,
+) -> Template:
+    """The cold boot of `image` on a CPU with `features`, made once for an image."""
+    plan = make_plan(image, ram=ram, va_bits=va_bits, features=features)
+    made, key = _TEMPLATES.setdefault(image, {}), (ram, plan.va_bits, ng)
+    if key not in made:
+        made[key] = Template(set_up(image, plan, ng=ng))
+    return made[key]
 
 
 def set_up(image: KernelImage, plan: Plan, *, ng: bool = False) -> SetUp:
@@ -252,12 +273,18 @@ def set_up(image: KernelImage, plan: Plan, *, ng: bool = False) -> SetUp:
 
 
 def _trees(memory: PhysicalMemory, plan: Plan, granule: Granule) -> SetUp:
-    fmt = Format(granule, ds=plan.va_bits > 48)
+    fmt = Format(granule, ds=_is_lpa2(plan, granule))
     user = TableBuilder(memory, plan.user_pool, fmt=fmt, va_bits=plan.va_bits)
     tables = TableBuilder(memory, plan.pool, fmt=fmt, va_bits=plan.va_bits, upper=True, UXNTable=1)
-    user.map(plan.user_code, plan.user_code_pa, plan.page_size, level=3, AP=3, PXN=1, AF=1, SH=3, UXN=0, nG=1)
-    user.map(plan.user_data, plan.user_data_pa, 16 * plan.page_size, level=3, AP=1, PXN=1, UXN=1, AF=1, SH=3, nG=1)
+    own = fmt.leaf(3).pack(AF=1, nG=1, PXN=1, **_shareable(fmt))
+    user.map(plan.user_code, plan.user_code_pa, plan.page_size, level=3, template=own, AP=3)
+    user.map(plan.user_data, plan.user_data_pa, 16 * plan.page_size, level=3, template=own, AP=1, UXN=1)
     return SetUp(plan, memory, tables, user, registers(plan, granule, tables.root, user.root))
+
+
+def _is_lpa2(plan: Plan, granule: Granule) -> bool:
+    """52-bit addresses in 4K and 16K descriptors (TCR_EL1.DS); 64K pages have them without (FEAT_LVA)."""
+    return plan.va_bits > 48 and granule is not Granule.K64
 
 
 def map_struct_pages(made: SetUp, first: int) -> SetUp:
@@ -271,19 +298,23 @@ def map_struct_pages(made: SetUp, first: int) -> SetUp:
 
 
 @cache
-def bare_template(ram: int = 16 << 20, granule: Granule = Granule.K4, va_bits: int = 48) -> Template:
+def bare_template(
+    ram: int = 16 << 20, granule: Granule = Granule.K4, va_bits: int = 48, features: Features = UNICORN
+) -> Template:
     """A machine without a kernel, made once in a process."""
-    return Template(bare_set_up(bare_plan(ram=ram, granule=granule, va_bits=va_bits), granule))
+    return Template(bare_set_up(bare_plan(ram=ram, granule=granule, va_bits=va_bits, features=features), granule))
 
 
 BARE_RAM = 16 << 20
 
 
-def bare_plan(*, ram: int = BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48) -> Plan:
+def bare_plan(
+    *, ram: int = BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48, features: Features = UNICORN
+) -> Plan:
     """Where things go on a machine without a kernel."""
     if ram % BLOCK or ram < BARE_RAM:
         raise BootError(f"ram {ram:#x}: must be a multiple of {BLOCK:#x} and at least {BARE_RAM:#x}")
-    _check_bits(va_bits)
+    _check_bits(va_bits, granule, features)
     linear = (1 << 64) - (1 << va_bits)
     return _plan(granule.page_size, va_bits, ram, linear + (1 << va_bits - 1), RAM_BASE, BARE_RAM // 4)
 
@@ -323,12 +354,12 @@ def _set_variables(image: KernelImage, plan: Plan, memory: PhysicalMemory, table
 def registers(plan: Plan, granule: Granule, root: int, user_root: int) -> Registers:
     """The registers of a kernel that runs on these tables."""
     tg = {Granule.K4: (0, 2), Granule.K16: (2, 1), Granule.K64: (1, 3)}[granule]
-    ips = PA_BITS.index(48)
+    ips = PA_BITS.index(52 if plan.va_bits > 48 else 48)
     size = 64 - plan.va_bits
     tcr = TCR_EL1.pack(
         T0SZ=size, T1SZ=size, TG0=tg[0], TG1=tg[1], IPS=ips, SH0=3, SH1=3, IRGN0=1, ORGN0=1, IRGN1=1, ORGN1=1
     )
-    tcr = TCR_EL1.pack(tcr, DS=int(plan.va_bits > 48))
+    tcr = TCR_EL1.pack(tcr, DS=int(_is_lpa2(plan, granule)))
     return Registers(
         TCR_EL1=tcr,
         TTBR0_EL1=TTBR.pack(BADDR=user_root),

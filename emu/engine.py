@@ -44,12 +44,17 @@ SYSTEM: dict[str, tuple[int, int, int, int, int]] = {
     "CONTEXTIDR_EL1": (3, 0, 13, 0, 1),
     "TPIDR_EL1": (3, 0, 13, 0, 4),
     "TPIDR_EL0": (3, 3, 13, 0, 2),
+    "SP_EL1": (3, 4, 4, 1, 0),
     "HCR_EL2": (3, 4, 1, 1, 0),
     "SCR_EL3": (3, 6, 1, 1, 0),
 }
 
 # Interrupt numbers that Unicorn gives an INTR hook (QEMU's EXCP_*).
 UNDEFINED, SVC, PREFETCH_ABORT, DATA_ABORT, BREAK, HVC, SMC = 1, 2, 3, 4, 7, 11, 13
+
+# Rights of a TLB entry, and the kinds of access that ask for one.
+READ, WRITE, EXECUTE = uc_const.UC_PROT_READ, uc_const.UC_PROT_WRITE, uc_const.UC_PROT_EXEC
+FILL_READ, FILL_WRITE, FILL_FETCH = uc_const.UC_MEM_READ, uc_const.UC_MEM_WRITE, uc_const.UC_MEM_FETCH
 
 EL1H, EL0T = 0b0101, 0
 PSTATE_DAIF = 0x3C0
@@ -88,6 +93,13 @@ class SystemInstruction(NamedTuple):
     rt: int
 
 
+class Fill(NamedTuple):
+    """A TLB entry: where a page is, and the rights READ, WRITE, EXECUTE of the EL that asked."""
+
+    pa: int
+    rights: int
+
+
 class Cpu:
     """A Unicorn AArch64 core at EL1 whose physical memory is `memory`, shared and not copied.
 
@@ -96,6 +108,7 @@ class Cpu:
 
     def __init__(self, memory: PhysicalMemory, *, page_size: int = 4096) -> None:
         self.memory = memory
+        self.page_size = page_size
         self.uc: Any = _unicorn.Uc(_unicorn.UC_ARCH_ARM64, _unicorn.UC_MODE_ARM)
         self.uc.ctl_set_cpu_model(arm64.UC_CPU_ARM64_MAX)
         self.uc.ctl_set_page_size(page_size)
@@ -106,6 +119,8 @@ class Cpu:
         self.set_el(1)
         self._error: BaseException | None = None
         self._watchdog = Watchdog(self.uc.emu_stop)
+        self._refused = False
+        self._on_refusal: Callable[[], bool] | None = None
         self._stopping = False
         self._run_two_blocks()
 
@@ -128,7 +143,16 @@ class Cpu:
 
     def set_el(self, el: int) -> None:
         """Goes to EL1h or EL0t, interrupts masked. Any system register write makes Unicorn notice."""
-        self.uc.reg_write(PSTATE, PSTATE_DAIF | (EL1H if el else EL0T))
+        self.pstate = PSTATE_DAIF | (EL1H if el else EL0T)
+
+    @property
+    def pstate(self) -> int:
+        """PSTATE, laid out as in SPSR_EL1. Setting it leaves SP alone."""
+        return int(self.uc.reg_read(PSTATE))
+
+    @pstate.setter
+    def pstate(self, value: int) -> None:
+        self.uc.reg_write(PSTATE, value)
         self["CPACR_EL1"] = self["CPACR_EL1"]
 
     @property
@@ -176,6 +200,47 @@ class Cpu:
                 return 1
 
         self.uc.hook_add(uc_const.UC_HOOK_INSN, hook, None, 1, 0, arm64.UC_ARM64_INS_SYS)
+
+    def on_msr(self, callback: Callable[[SystemInstruction], bool]) -> None:
+        """`callback(instruction)` before every MSR of a register; True skips it. Unicorn hears only the first."""
+
+        def hook(uc: Any, register: int, cp: Any, _: Any) -> int:
+            try:
+                return int(callback(SystemInstruction(cp.op0, cp.op1, cp.crn, cp.crm, cp.op2, 31)))
+            except BaseException as error:
+                self._fail(error)
+                return 1
+
+        self.uc.hook_add(uc_const.UC_HOOK_INSN, hook, None, 1, 0, arm64.UC_ARM64_INS_MSR)
+
+    def on_fill(self, callback: Callable[[int, int], Fill | None]) -> None:
+        """From now on `callback(va of the page, FILL_READ ...)` is the MMU: asked when the TLB has no entry with that
+        right. None, or an entry without it, refuses the access; then see `on_refusal`."""
+
+        def hook(uc: Any, va: int, kind: int, entry: Any, _: Any) -> bool:
+            try:
+                fill = callback(va, kind)
+            except BaseException as error:
+                self._fail(error)
+                return False
+            if fill is None:
+                self._refused = True
+                return False
+            entry.paddr, entry.perms = fill
+            return True
+
+        self.uc.ctl_set_tlb_mode(uc_const.UC_TLB_VIRTUAL)
+        self.uc.hook_add(uc_const.UC_HOOK_TLB_FILL, hook)
+        self.flush_tlb()
+
+    def on_refusal(self, callback: Callable[[], bool]) -> None:
+        """`callback()` when an access was refused, with the PC at its instruction; True goes on from the PC."""
+        self._on_refusal = callback
+
+    def refuse(self) -> None:
+        """From a hook: the instruction is to end as a refused access does."""
+        self._refused = True
+        self.uc.emu_stop()
 
     def on_code(self, callback: Callable[[int], bool], begin: int, end: int) -> int:
         """`callback(pc)` before each instruction in [begin, end]; False stops the run there. Returns a handle."""
@@ -235,9 +300,7 @@ class Cpu:
         self._watchdog.arm(timeout)
         text = ""
         try:
-            self.uc.emu_start(pc, until)
-        except _unicorn.UcError as problem:
-            text = str(problem)
+            text = self._go(pc, until)
         finally:
             timed_out = self._watchdog.disarm()
         error, self._error = self._error, None
@@ -249,6 +312,21 @@ class Cpu:
         if self._stopping:
             return Ended(End.STOPPED, now)
         return Ended(End.TIMEOUT if timed_out and now != until else End.REACHED, now)
+
+    def _go(self, pc: int, until: int) -> str:
+        """Runs on through refused accesses that the guest handles; Unicorn's error text, if there is one."""
+        while True:
+            self._refused, text = False, ""
+            try:
+                self.uc.emu_start(pc, until)
+            except _unicorn.UcError as problem:
+                text = str(problem)
+            if not self._refused or self._error or self._watchdog.fired or self._on_refusal is None:
+                return "" if self._watchdog.fired else text
+            if not self._on_refusal():
+                self._stopping = True
+                return ""
+            pc = self.read(PC)
 
 
 class Watchdog:
@@ -274,6 +352,11 @@ class Watchdog:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
                 self._thread.start()
+
+    @property
+    def fired(self) -> bool:
+        """The deadline has passed."""
+        return self._fired
 
     def disarm(self) -> bool:
         """Stops the clock; True if the deadline had passed."""

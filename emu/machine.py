@@ -12,6 +12,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,10 +22,10 @@ from emu.changes import Changes
 from emu.engine import Cpu, End, Ended, SystemInstruction
 from emu.exceptions import Stop, Touch, disassemble, touches
 from emu.image import KernelImage
+from emu.mmu import LATER, ModelMmu
 from emu.order import OrderRecorder
 from emu.trace import Barrier, Event, Maintenance, tlbi_name
-from pgtable import CPUS, Access, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
-from pgtable.leaves import tables as tables_of
+from pgtable import CPUS, Access, AccessType, Features, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
 from pgtable.memory import PAGE, Mark, Pages
 
 _U64 = (1 << 64) - 1
@@ -94,6 +95,7 @@ class State(NamedTuple):
     pages_given: int
     tables_used: int
     user_used: int
+    later: tuple[int, ...] = ()  # registers of the model MMU that Unicorn's CPU has not
 
 
 @dataclass
@@ -113,7 +115,14 @@ class Machine:
     `memory`: PhysicalMemory. `tables`: the TableBuilder of the kernel's half. `plan`: where things are.
     """
 
-    def __init__(self, made: coldboot.SetUp, image: KernelImage | None = None) -> None:
+    def __init__(
+        self,
+        made: coldboot.SetUp,
+        image: KernelImage | None = None,
+        *,
+        features: Features | None = None,
+        vectors: bool | None = None,
+    ) -> None:
         self.memory: PhysicalMemory = made.memory
         self.plan = made.plan
         self.image = image
@@ -128,28 +137,56 @@ class Machine:
         self._pages_given = 0
         self._svc_end: int | None = None
         self._struct_pages = made.struct_pages
+        self.mmu = ModelMmu(self.cpu, features, vectors=vectors) if features else None
         self._start(made.registers)
 
     @classmethod
     def boot(
-        cls, image: KernelImage | str, *, ram: int = coldboot.RAM_SIZE, va_bits: int | None = None, ng: bool = False
+        cls,
+        image: KernelImage | str,
+        *,
+        ram: int = coldboot.RAM_SIZE,
+        va_bits: int | None = None,
+        ng: bool = False,
+        mmu: str = "cpu",
+        cpu: str | None = None,
+        vectors: bool | None = None,
     ) -> Machine:
         """A machine with a kernel in memory and nothing run; see emu.coldboot. `ng`: arm64_use_ng_mappings is 1.
 
+        `mmu`: "cpu" is Unicorn's own MMU; "model" is pgtable's walk, with the features of `cpu` (a name in
+        pgtable.CPUS, default "max"), for LPA2 (`va_bits=52`), hardware AF and dirty state, PIE. It also takes
+        exceptions to VBAR_EL1's vectors: always or never by `vectors`, by default once VBAR_EL1 is set.
         Raises BootError, or ImageError for a kernel that cannot be loaded.
         """
         image = KernelImage.load(image) if isinstance(image, str) else image
-        cold = coldboot.template(image, ram=ram, va_bits=va_bits, ng=ng)
+        features = _features(mmu, cpu, vectors)
+        cold = coldboot.template(image, ram=ram, va_bits=va_bits, ng=ng, features=features or coldboot.UNICORN)
         if cold not in _STRUCT_PAGES:
-            _STRUCT_PAGES[cold] = _struct_pages(cls(cold.thaw(), image))
+            _STRUCT_PAGES[cold] = _struct_pages(cls(cold.thaw(), image, features=features))
         made = cold.thaw()
         first = _STRUCT_PAGES[cold]
-        return cls(made if first is None else coldboot.map_struct_pages(made, first), image)
+        mapped = made if first is None else coldboot.map_struct_pages(made, first)
+        return cls(mapped, image, features=features, vectors=vectors)
 
     @classmethod
-    def bare(cls, *, ram: int = coldboot.BARE_RAM, granule: Granule = Granule.K4, va_bits: int = 48) -> Machine:
-        """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot."""
-        return cls(coldboot.bare_template(ram, granule, va_bits).thaw())
+    def bare(
+        cls,
+        *,
+        ram: int = coldboot.BARE_RAM,
+        granule: Granule = Granule.K4,
+        va_bits: int = 48,
+        mmu: str = "cpu",
+        cpu: str | None = None,
+        vectors: bool | None = None,
+    ) -> Machine:
+        """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot.
+
+        `mmu`, `cpu`, `vectors`: see `boot`.
+        """
+        features = _features(mmu, cpu, vectors)
+        made = coldboot.bare_template(ram, granule, va_bits, features or coldboot.UNICORN).thaw()
+        return cls(made, features=features, vectors=vectors)
 
     def _start(self, regs: Registers) -> None:
         for name in ("MAIR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1"):
@@ -160,13 +197,31 @@ class Machine:
         self.cpu.set_el(1)
         self.cpu.on_interrupt(self._interrupt)
         self.cpu.on_system(self._system)
+        if self.mmu:
+            self.cpu.on_refusal(self._refused)
 
     # what the guest sees
 
     def registers(self) -> Registers:
         """The registers of the translation regime as they are now, for `pgtable.translate`."""
+        if self.mmu:
+            return self.mmu.registers()
         names = ("TCR_EL1", "TTBR0_EL1", "TTBR1_EL1", "MAIR_EL1", "SCTLR_EL1")
         return Registers(CPUS["unicorn"], **{name: self.cpu[name] for name in names})
+
+    def set_register(self, name: str, value: int) -> None:
+        """Sets a system register by its name, as MSR and an ISB would; what the TLB holds is dropped.
+
+        Raises ValueError for one that this machine has not.
+        """
+        if name in engine.SYSTEM:
+            self.cpu[name] = value
+        elif self.mmu and name in LATER:
+            self.mmu[name] = value
+        else:
+            names = sorted({*engine.SYSTEM, *(LATER if self.mmu else ())})
+            raise ValueError(f"register {name}: this machine has {', '.join(names)}")
+        self.cpu.flush_tlb()
 
     def translate(self, va: int, access: Access | None = None) -> Walk:
         """What an access to `va` does with the tables and registers as they are now."""
@@ -193,7 +248,7 @@ class Machine:
         spans, end, page = [], va + n, self.plan.page_size
         while va < end:
             size = min(end - va, page - va % page)
-            spans.append((self.translate(va, Access.read(el=1)).pa, size))
+            spans.append((self.translate(va, Access.read(el=1, pan=False)).pa, size))
             va += size
         return spans
 
@@ -224,7 +279,7 @@ class Machine:
         """Calls a kernel function (name or address) with up to eight integer arguments, under AAPCS64.
 
         `timeout`: seconds of wall clock; `blocks`: basic blocks it may run (costs a hook, some 0.5 us a block).
-        `record`: "changes" or "order" (also barriers and table writes, in order; some 10 times slower), "nothing".
+        `record`: "changes" or "order" (also barriers and table writes, in order; 5 to 8 us each), "nothing".
         Raises SymbolError for a name that is not there or not one.
         """
         if len(args) > 8:
@@ -259,6 +314,8 @@ class Machine:
         if record not in ("changes", "order", "nothing"):
             raise ValueError(f"record={record!r}: must be 'changes', 'order' or 'nothing'")
         self._now = _Run(home=self.cpu.read(engine.LR))
+        if self.mmu:
+            self.mmu.begin()
         before = self._mark() if record != "nothing" else None
         if before is None:
             self._known = None
@@ -312,6 +369,7 @@ class Machine:
         self.cpu.flush_code()
         self.cpu.set_el(el)
         self.cpu.write(engine.SP, self.plan.stack if el else self.plan.user_stack)
+        self.cpu["SP_EL1"] = self.plan.stack  # of a handler
         for i in range(31):
             self.cpu.write(engine.X[i], args[i] if i < len(args) else 0)
         self.cpu.write(engine.LR, end)
@@ -336,6 +394,7 @@ class Machine:
             self._pages_given,
             self.tables.next_free,
             self.user.next_free,
+            self.mmu.later() if self.mmu else (),
         )
 
     def restore(self, state: State) -> None:
@@ -344,6 +403,9 @@ class Machine:
         self.cpu.flush_code()  # translated code may be of what was there
         for name, value in zip(engine.SYSTEM, state.system, strict=True):
             self.cpu[name] = value
+        if self.mmu:
+            for name, value in zip(LATER, state.later, strict=True):
+                self.mmu[name] = value
         for register, value in zip((*engine.X, engine.SP, engine.PC), state.registers, strict=True):
             self.cpu.write(register, value)
         self._warned = set(state.warned)
@@ -384,8 +446,7 @@ class Machine:
 
     def _changes(self, before: Mark) -> Changes:
         self._known = self.memory.mark([r for r in self._table_ranges() if r[1]])
-        tables = None if self._known.same_as(before) else tables_of(self.memory, self.registers())
-        return Changes(before, self._known, self.tables.fmt, tables)
+        return Changes(before, self._known, self.tables.fmt, self.registers())
 
     # what hooks do
 
@@ -397,15 +458,19 @@ class Machine:
             event = Maintenance(name, operand, self.cpu.read(engine.PC))
             self._now.maintenance.append(event)
             self._order.note(event)
-        return False
+        return self.mmu is not None and self.mmu.system(instruction)
 
     def _interrupt(self, number: int) -> bool:
         pc = self.cpu.read(engine.PC)
-        if number == engine.BREAK:
-            return self._break(pc)
         if number == engine.SVC and pc == self._svc_end:
             self._now.ended = True
             return False
+        if self.mmu and not (number == engine.BREAK and self._is_bug(pc)):
+            behind = number in (engine.SVC, engine.HVC, engine.SMC)
+            if self.mmu.interrupt(number, pc, self._word(pc - 4 if behind else pc)):
+                return True
+        if number == engine.BREAK:
+            return self._break(pc)
         if number in (engine.DATA_ABORT, engine.PREFETCH_ABORT):
             self._now.stop = self._fault(pc, number)
         elif number in (engine.SVC, engine.HVC, engine.SMC):
@@ -415,6 +480,28 @@ class Machine:
             kind, text = _EXCEPTIONS.get(number, ("exception", f"exception {number}"))
             self._now.stop = self._stop(kind, text, pc)
         return False
+
+    def _refused(self) -> bool:
+        """The model MMU refused an access: it goes to the guest's vectors (True), or the run ends."""
+        abort = self.mmu.abort() if self.mmu else None
+        if self.mmu is None or abort is None:
+            return False
+        if self.mmu.vectoring:
+            self.mmu.take(abort)
+            return True
+        walk, pc = abort.walk, abort.pc
+        where = f"{walk.access} at {walk.va:#x}"
+        if walk.ok:
+            message = f"{where}: external abort, no RAM at {walk.pa:#x}"
+        elif walk.access.type is AccessType.FETCH:
+            message = f"instruction fetch from {pc:#x}: {_outcome(walk)}"
+        else:
+            message = f"{where}: {_outcome(walk)}"
+        self._now.stop = self._stop("fault", message, pc, walk)
+        return False
+
+    def _is_bug(self, pc: int) -> bool:
+        return self.image is not None and pc in self.image.bugs
 
     def _break(self, pc: int) -> bool:
         """A BRK: a WARN goes on after it, as the kernel's handler does; anything else stops."""
@@ -513,6 +600,19 @@ _EXCEPTIONS = {engine.UNDEFINED: ("undefined", "undefined instruction")}
 _NOTHING = Mark((), ())
 
 
+def _features(mmu: str, cpu: str | None, vectors: bool | None) -> Features | None:
+    """What the model MMU of a machine has, None for Unicorn's own; raises ValueError for names that are none."""
+    if mmu == "cpu":
+        if cpu not in (None, "unicorn") or vectors:
+            raise ValueError('cpu and vectors are for mmu="model": Unicorn\'s MMU has its own features, no vectors')
+        return None
+    if mmu != "model":
+        raise ValueError(f'mmu={mmu!r}: must be "cpu" or "model"')
+    if cpu is not None and cpu not in CPUS:
+        raise ValueError(f"cpu {cpu}: must be one of {', '.join(CPUS)}")
+    return CPUS[cpu or "max"]
+
+
 class _Budget:
     """A limit on basic blocks, counted by a hook that lives as long as the call."""
 
@@ -538,7 +638,7 @@ class _Budget:
 
 
 # Where each cold kernel of this process has its struct pages.
-_STRUCT_PAGES: dict[coldboot.Template, int | None] = {}
+_STRUCT_PAGES: weakref.WeakKeyDictionary[coldboot.Template, int | None] = weakref.WeakKeyDictionary()
 
 
 def _struct_pages(machine: Machine) -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from emu.engine import PC, Cpu, End, Ended
 from emu.trace import Barrier, Event, TableWrite, barrier_name
+from pgtable import NoMemory
 
 
 class OrderRecorder:
@@ -25,12 +26,13 @@ class OrderRecorder:
         self._read = read
         self._sites: dict[int, str] = {}
         self._new: dict[int, str] = {}
-        self._skip: int | None = None
+        self._running = False
         self.events: list[Event] = []
 
     def run(self, pc: int, until: int, timeout: float | None, tables: list[tuple[int, int]]) -> Ended:
         """Runs like `Cpu.run`; writes to PA ranges `tables` (PA, bytes) are table writes."""
-        self.events = []
+        self.events, self._running = [], True
+        self._sites = {site: name for site in self._sites if (name := self._name_at(site))}
         cpu, deadline = self._cpu, None if timeout is None else time.monotonic() + timeout
         hooks = [cpu.on_write(self._on_write, base, base + size - 1) for base, size in tables if size]
         hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._sites]
@@ -48,13 +50,22 @@ class OrderRecorder:
                 cpu.flush_code()
                 pc = cpu.read(PC)
         finally:
+            self._running = False
             for hook in hooks:
                 cpu.remove(hook)
             cpu.flush_code()
 
     def note(self, event: Event) -> None:
-        """Adds an event that another hook saw."""
-        self.events.append(event)
+        """Adds an event that another hook saw, while `run` lasts."""
+        if self._running:
+            self.events.append(event)
+
+    def _name_at(self, site: int) -> str | None:
+        """The barrier there now: code may have changed since the last run, as snippets do."""
+        try:
+            return barrier_name(int.from_bytes(self._read(site, 4), "little"))
+        except (ValueError, NoMemory):
+            return None
 
     def _on_new_block(self, pc: int, size: int) -> bool:
         words = np.frombuffer(self._read(pc, size // 4 * 4), "<u4")

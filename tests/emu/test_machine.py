@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -12,11 +15,11 @@ from emu import snippets
 from emu.check import stub_allocator
 from emu.coldboot import BootError
 from emu.engine import Cpu, Watchdog
-from emu.image import SymbolError
+from emu.image import KernelImage, SymbolError
 from emu.machine import Machine
 from pgtable import Access, Granule, PhysicalMemory, at
 from pgtable.registers import PAR_OK
-from tests.kernels import KERNELS, MORE, kernel_image
+from tests.kernels import KERNELS, MORE, kernel_image, kernel_path
 
 LOOP = [0x14000000]  # b .
 UDF, BRK = 0x00000000, 0xD4200000  # udf #0, brk #0
@@ -77,6 +80,36 @@ def test_a_second_boot_of_a_kernel_takes_milliseconds() -> None:
     for _ in range(5):
         Machine.boot(image)
     assert (time.monotonic() - began) / 5 < 0.1
+
+
+def _files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.kernels
+def test_an_image_that_is_gone_takes_its_cold_boots_with_it() -> None:
+    before = _files()
+    images: weakref.WeakSet[KernelImage] = weakref.WeakSet()
+    for _ in range(3):
+        image = KernelImage.load(kernel_path(KERNELS[0]))
+        images.add(image)
+        Machine.boot(image)
+    assert _files() > before
+    del image
+    end = time.monotonic() + 10
+    while images and time.monotonic() < end:  # a watchdog keeps its machine until it has been idle for a second
+        time.sleep(0.1)
+        gc.collect()
+    assert len(images) == 0
+    assert _files() <= before
+
+
+@pytest.mark.kernels
+def test_a_machine_outlives_its_image() -> None:
+    m = Machine.boot(KernelImage.load(kernel_path(KERNELS[0])))
+    gc.collect()
+    m.write(m.plan.spare, b"still here\0")
+    assert m.call("strlen", m.plan.spare).ok().value == 10
 
 
 @pytest.mark.kernels
