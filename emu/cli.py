@@ -64,7 +64,8 @@ def main() -> None:
         code = cli(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
-        click.echo(f"pgtable: error: {error.format_message()}", err=True)
+        text = error.format_message()  # of a group without a command: its help
+        click.echo(text if text.startswith("Usage:") else f"pgtable: error: {text}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

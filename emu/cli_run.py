@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def check(
 @_KERNEL
 @_SYMBOLS
 @click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds of wall clock.")
+@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of wall clock.")
 @_JSON
 @click.pass_context
 def call(
@@ -109,17 +110,21 @@ def call(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Call FUNCTION of a cold-booted kernel with integer ARGUMENTS: numbers, symbols, or lin:PA for a linear address.
+    """Call FUNCTION of a cold-booted kernel, a symbol or an address, with up to eight integer ARGUMENTS: numbers,
+    symbols, or lin:PA for a linear address. Numbers below 0 come after `--`.
 
     Exit code 1 if the call does not return.
     """
     from emu.machine import Machine
 
+    if len(arguments) > 8:
+        raise CommandError(f"{len(arguments)} arguments: a call passes at most 8 in registers")
+    target = _number(function) if re.fullmatch("0x[0-9a-fA-F]+", function) else function
     image = load_image(source, symbols)
     with bad_input():
         machine = Machine.boot(image)
         values = [_argument(text, machine) for text in arguments]
-        result = machine.call(function, *values, timeout=timeout, record="order" if order else "changes")
+        result = machine.call(target, *values, timeout=timeout, record="order" if order else "changes")
     text = result_json(function, result) if as_json else None
     click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
     ctx.exit(1 if result.stop else 0)
@@ -127,18 +132,23 @@ def call(
 
 def _argument(text: str, machine: Any) -> int:
     if text.startswith("lin:"):
-        return int(machine.plan.linear_va(_number(text[4:])))
+        return int(machine.plan.linear_va(_number(text[4:], text)))
     name, _, offset = text.partition("+")
     if machine.image and name in machine.image.symbols:
-        return int(machine.image.symbols[name]) + (_number(offset) if offset else 0)
+        return int(machine.image.symbols[name]) + (_number(offset, text) if offset else 0)
     return _number(text)
 
 
-def _number(text: str) -> int:
+def _number(text: str, argument: str = "") -> int:
+    """The number in `text`, all of `argument` or a part of it."""
+    argument = argument or text
     try:
-        return int(text, 0)
+        value = int(text, 0)
     except ValueError:
-        raise CommandError(f"argument {text}: neither a number, lin:PA nor a symbol of this kernel") from None
+        raise CommandError(f"argument {argument}: neither a number, lin:PA nor a symbol of this kernel") from None
+    if not -(1 << 63) <= value < 1 << 64:
+        raise CommandError(f"argument {argument}: does not fit 64 bits")
+    return value
 
 
 # text
@@ -231,6 +241,7 @@ def _call_json(report: Report) -> dict[str, Any]:
         "arguments": [f"{report.call.addr:#018x}", report.call.numpages, report.call.enable],
         "value": report.real.value,
         **_result_parts(report.result),
+        "events": [str(event) for event in report.real.order],  # in the model's words, to be compared with its own
         "predicted": {
             "value": predicted.value,
             "changes": len(predicted.words),

@@ -65,6 +65,8 @@ class TableBuilder:
         self.start_level = LAST_LEVEL - (va_bits - 1 - self.granule.page_shift) // self.granule.stride
         self.table_fields = table_fields
         self.pool = pool
+        if pool[0] % self.granule.page_size:
+            raise MapError(f"pool at {pool[0]:#x}: must be a multiple of {self.granule.page_size:#x}")
         self.next_free = pool[0]
         self.root = self.allocate()
 
@@ -152,6 +154,8 @@ class TableBuilder:
     def slot(self, va: int, level: int | None = None) -> Slot:
         """Where the descriptor of `va` is: at `level`, or where the walk ends. Raises MapError without a table."""
         self._check(va, 1)
+        if level is not None:
+            self._check_level(va, level)
         table = self.root
         for at in range(self.start_level, LAST_LEVEL + 1):
             slot = Slot(at, table, self._entry(va, at), va & -self.granule.level_size(at))
@@ -161,11 +165,12 @@ class TableBuilder:
             if self.fmt.kind(word, at) is not Kind.TABLE:
                 raise MapError(f"va {va:#x}: no table at level {at}, so no level {level} descriptor")
             table = self.fmt.table(at)["TA"].get(word)
-        raise MapError(f"va {va:#x}: level {level} is not a level of this tree")
+        raise AssertionError("level 3 has no tables")
 
     def place(self, va: int, level: int, word: int) -> Slot:
         """Writes a raw descriptor for `va` at `level`, whatever it says, making the tables above it."""
         self._check(va, 1)
+        self._check_level(va, level)
         table = self._table_at(va, level)
         slot = Slot(level, table, self._entry(va, level), va & -self.granule.level_size(level))
         self.memory.store(slot.pa, word)
@@ -180,6 +185,10 @@ class TableBuilder:
         limit = 52 if self.fmt.wide else 48
         if pa + size > 1 << limit:
             raise MapError(f"pa {pa:#x} size {size:#x}: beyond the {limit} bits that a descriptor holds")
+
+    def _check_level(self, va: int, level: int) -> None:
+        if not self.start_level <= level <= LAST_LEVEL:
+            raise MapError(f"va {va:#x}: level {level} is not a level of this tree")
 
     def _check_alignment(self, va: int, pa: int, size: int, level: int) -> None:
         unit = self.granule.level_size(level)
@@ -265,7 +274,8 @@ class TableBuilder:
             defaults = {name: value for name, value in DEFAULT_FIELDS.items() if name in leaf}
             template = leaf.pack(**defaults)
             template = leaf["SH"].put(template, 3) if "SH" in leaf else template
-        template &= ~leaf.mask("OA", "TYPE", "VALID")
+        address = leaf.mask("OA") | self.fmt.leaf(LAST_LEVEL).mask("OA")  # a block's template may be a page
+        template &= ~(address | leaf.mask("TYPE", "VALID"))
         return leaf.pack(template, **fields) | self._type(level)
 
     def _fill(self, level: int, va: int, pa: int, count: int, word: int, contiguous: bool) -> None:

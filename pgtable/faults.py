@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from pgtable.access import Access, AccessType
+from pgtable.descriptors import LAST_LEVEL
 from pgtable.registers import EC_DATA, EC_FETCH, ESR, FSC, PAR_FAULT
 
 
@@ -41,9 +42,9 @@ def fault_code(type: FaultType, level: int) -> int:
     if type in _WITHOUT_LEVEL:
         return _WITHOUT_LEVEL[type]
     base, minus_one = _CODES[type]
-    if level >= 0:
+    if 0 <= level <= LAST_LEVEL:
         return base | level
-    if minus_one is None:
+    if minus_one is None or level != -1:
         raise ValueError(f"a {type.value} fault cannot be at level {level}")
     return minus_one
 

@@ -90,10 +90,11 @@ def _joined(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 def halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
-    """The walk parameters of the halves that are on: lower, then upper where the regime has one."""
+    """The walk parameters of the halves that are on, with a root that can be reached: lower, then upper."""
     regime = regime or regime_of(regs, 1)
     sides = (0, 1 << 63 | 1 << 55) if regime.has_el0 else (0,)
-    return [p for p in (WalkParams.of(regs, regime, va) for va in sides) if p.mmu_on and p.txsz_ok and not p.epd]
+    found = [WalkParams.of(regs, regime, va) for va in sides]
+    return [p for p in found if p.mmu_on and p.txsz_ok and not p.epd and not p.base & p.over]
 
 
 def _unread(memory: PhysicalMemory, pa: Words) -> tuple[Words, npt.NDArray[np.bool_]]:

@@ -153,7 +153,7 @@ class PhysicalMemory:
     def _adopt(self, base: int, buffer: mmap.mmap, *, private: bool = False, file: int = -1) -> None:
         self._check(base, len(buffer))
         region = Region(
-            base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer, private
+            base, len(buffer), np.frombuffer(buffer, np.uint64), memoryview(buffer).cast("Q"), buffer, private, file
         )
         self.regions = tuple(sorted((*self.regions, region), key=lambda r: r.base))
         self._bases = [r.base for r in self.regions]
@@ -205,16 +205,20 @@ class PhysicalMemory:
 
     def tables(self, pas: Words, n: int) -> tuple[Words, Flags]:
         """Tables of `n` words at each of `pas` (8-byte aligned): uint64 of shape (len(pas), n), and bool of shape
-        (len(pas),), False (and a row of zeros) where there is no RAM."""
+        (len(pas),), False where the table does not begin in RAM. Words outside RAM are 0."""
         out = np.zeros((len(pas), n), np.uint64)
         there = np.zeros(len(pas), np.bool_)
         index = np.arange(n)
         for base, size, words, *_ in self.regions:
-            inside = (pas >= np.uint64(base)) & (pas < np.uint64(base + size)) & (pas <= np.uint64(base + size - 8 * n))
+            offset = pas - np.uint64(base)  # wraps far above `size` below the base
+            inside = offset <= np.uint64(size - 8 * n) if size >= 8 * n else np.zeros_like(there)
             if inside.any():
-                start = ((pas[inside] - np.uint64(base)) >> np.uint64(3)).astype(np.int64)
+                start = (offset[inside] >> np.uint64(3)).astype(np.int64)
                 out[inside] = words[start[:, None] + index]
                 there |= inside
+        for row in np.flatnonzero(~there & self.gather(pas)[1]):  # tables that leave their region
+            out[row] = self.gather(pas[row] + index.astype(np.uint64) * np.uint64(8))[0]
+            there[row] = True
         return out, there
 
     def gather(self, pas: Words) -> tuple[Words, Flags]:

@@ -14,7 +14,17 @@ from typing import Any, cast
 from pgtable.bits import Field, Layout, View, W
 from pgtable.descriptors import AP_READ_ONLY, CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.features import Features
-from pgtable.permissions import Rules, RuleTable, direct_index, direct_rules, indirect_rules, overlay_rules
+from pgtable.permissions import (
+    PRIVILEGED,
+    UNPRIVILEGED,
+    Rules,
+    RuleTable,
+    direct_index,
+    direct_rules,
+    indirect_rules,
+    overlaid,
+    overlay_rules,
+)
 from pgtable.registers import (
     HCR_EL2,
     MAIR,
@@ -336,14 +346,19 @@ def _second(regs: Registers, regime: Regime) -> View:
     return TCR2.view(regs[f"TCR2_EL{regime.el}"] if on else 0)
 
 
-def _overlays(regs: Registers, regime: Regime, second: View) -> RuleTable | None:
-    """The overlay table when an overlay is on at either level (pseudocode S1POEnabled, S1E0POEnabled)."""
-    privileged = bool(second.POE)
-    unprivileged = regime.has_el0 and bool(second.E0POE)
-    if not regs.features.poe or not (privileged or unprivileged):
+def _overlaid(regs: Registers, regime: Regime, second: View) -> int:
+    """The permissions that overlays are on for (pseudocode S1POEnabled, S1E0POEnabled)."""
+    if not regs.features.poe:
+        return 0
+    return (PRIVILEGED if second.POE else 0) | (UNPRIVILEGED if regime.has_el0 and second.E0POE else 0)
+
+
+def _overlays(regs: Registers, regime: Regime, levels: int) -> RuleTable | None:
+    """The overlay table when an overlay is on at either level."""
+    if not levels:
         return None
     por = regs[f"POR_EL{regime.el}"]
-    return overlay_rules(por if privileged else None, regs.POR_EL0 if unprivileged else None)
+    return overlay_rules(por if levels & PRIVILEGED else None, regs.POR_EL0 if levels & UNPRIVILEGED else None)
 
 
 def _rules(regs: Registers, regime: Regime, pie: bool, wxn: bool, epan: bool) -> Rules:
@@ -379,8 +394,10 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
     granule = _granule(int(tcr.TG1 if upper else tcr.TG0), upper, f)
     ds = bool(f.lpa2 and granule is not Granule.K64 and tcr.DS)
     pie, aie = bool(f.pie and second.PIE), bool(f.aie and second.AIE)
-    overlays = _overlays(regs, regime, second)
+    overlay_levels = _overlaid(regs, regime, second)
+    overlays = _overlays(regs, regime, overlay_levels)
     epan = bool(f.pan >= 3 and has_el0 and sctlr.EPAN)
+    rules = _rules(regs, regime, pie, bool(sctlr.WXN), epan)
     txsz, txsz_ok = _txsz(int(tcr.T1SZ if upper else tcr.T0SZ), granule, ds, f)
     ps = int(tcr.IPS if has_el0 else tcr.PS)
     return WalkParams(
@@ -416,6 +433,6 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         cnp=bool(TTBR["CnP"].get(regs[f"TTBR{int(upper)}_EL{el}"])),
         sh=int(tcr.SH1 if upper else tcr.SH0),
         mair=_mair(regs, el, aie),
-        rules=_rules(regs, regime, pie, bool(sctlr.WXN), epan),
+        rules=overlaid(rules, overlay_levels) if overlays else rules,
         overlays=overlays,
     )

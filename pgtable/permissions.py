@@ -127,7 +127,7 @@ def _indirect(privileged: int, unprivileged: int | None) -> tuple[int, int, int,
     u = _as_unprivileged(BY_PIR[unprivileged]) if unprivileged is not None else 0
     if p & (PX | PG) and u & (UW | UG):
         p = u = 0  # privileged code must not run, or return to, what EL0 may write: nobody gets access
-    lost = (p & PX if privileged == PIR_WXN else 0) | (u & UX if unprivileged == PIR_WXN else 0)
+    lost = (PX if privileged == PIR_WXN else 0) | (UX if unprivileged == PIR_WXN else 0)  # also in a conflict
     overlayable = (0 if privileged & PIR_NO_OVERLAY else PRIVILEGED) | (
         0 if unprivileged is None or unprivileged & PIR_NO_OVERLAY else UNPRIVILEGED
     )
@@ -154,6 +154,11 @@ def overlay_rules(por: int | None, por_el0: int | None) -> RuleTable:
         unprivileged = UNPRIVILEGED if por_el0 is None else _as_unprivileged(BY_POR[field.get(por_el0)])
         rows.append(privileged | unprivileged)
     return RuleTable(rows)
+
+
+def overlaid(rules: Rules, levels: int) -> Rules:
+    """`rules` where overlays are on for `levels` only: PRIVILEGED, UNPRIVILEGED or both."""
+    return rules._replace(overlayable=RuleTable(row & levels for row in rules.overlayable.rows))
 
 
 def with_overlay(base: W, lost: W, overlayable: W, overlay: W) -> tuple[W, W]:

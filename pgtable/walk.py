@@ -306,10 +306,10 @@ def _descend(
             if kind is Kind.INVALID:
                 return Fault(FaultType.TRANSLATION, level, cause="descriptor")
             return level, pa, word, inherited & p.inherited_mask
-        if haft and not word & p.table_af:
-            updates.append(Update(pa, word, word | p.table_af))
         inherited |= word
         table, above = word & table_mask if table_mask else p.table_address(word), level
+        if haft and not word & p.table_af and not table & over:
+            updates.append(Update(pa, word, word | p.table_af))
     raise AssertionError("level 3 has no tables")
 
 
