@@ -24,6 +24,7 @@ NONE_STOPPED = (np.zeros(0, np.intp), NO_WORDS)
 CHUNK = 1 << 15  # addresses worked on at a time: four arrays of them fit a second-level cache of 1 MiB
 FEW = 1 << 11  # addresses that are not worth sorting by region, values that are not worth it by table
 DENSE = 8  # with this many addresses per region, finding out which regions are meant costs more than walking all
+LONELY = 4  # with fewer addresses than this per region, and regions far apart, each is walked on its own
 SPARSE = 1 << 16  # distinct values are found by marking them in a table of at least this size
 DIGIT = 1 << 12  # and, where they lie further apart, part by part: this many at a time
 _U64 = (1 << 64) - 1
@@ -192,9 +193,14 @@ class Index(NamedTuple):
     inverse: Numbers | None = None
 
     @classmethod
-    def of(cls, addresses: Addresses, shift: int, dense: bool) -> Index:
-        """The regions of the addresses; with `dense`, also regions between them where that is quicker."""
+    def of(cls, addresses: Addresses, shift: int, dense: bool) -> Index | None:
+        """The regions of the addresses; with `dense`, also regions between them where that is quicker.
+
+        None: there are few addresses, or few in each region, and sorting them is not worth it.
+        """
         low, high, size = addresses.bounds
+        if size <= FEW:
+            return None
         low, high = low >> shift, high >> shift
         n = high - low + 1
         if dense and n * DENSE <= size:
@@ -204,6 +210,9 @@ class Index(NamedTuple):
             scratch = np.empty(CHUNK, np.uint64)
             lookup, found = _numbered((index.rows(at, va, scratch) for at, va, _ in addresses.chunks()), n)
             return cls(found.astype(np.uint64) + np.uint64(low), shift, low, lookup)
+        _, sample, _ = next(addresses.chunks())
+        if np.unique(sample >> np.uint64(shift)).size * LONELY > sample.size:
+            return None
         keys, inverse = distinct(np.concatenate([va >> np.uint64(shift) for _, va, _ in addresses.chunks()]))
         return cls(keys, shift, low, inverse=inverse)
 

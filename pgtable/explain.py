@@ -18,7 +18,7 @@ from pgtable.bits import Field
 from pgtable.descriptors import Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.params import Regime, WalkParams
-from pgtable.permissions import PR, PW, PX, UR, UW, UX, direct_rules
+from pgtable.permissions import PR, PW, PX, UR, UW, UX, RuleTable, direct_rules
 from pgtable.registers import SH
 from pgtable.walk import Step, Translation, Walk, walk
 
@@ -37,6 +37,7 @@ class Decider(NamedTuple):
 # A register's part in a permission decision: name, the parameters without it.
 _REGISTERS = (
     ("PSTATE.PAN", "PAN refuses EL1 data accesses to pages that EL0 can reach"),
+    ("SCTLR.EPAN", "with EPAN a page that EL0 can only execute counts for PAN"),
     ("SCTLR.WXN", "writable pages are never executable"),
 )
 
@@ -49,6 +50,9 @@ def deciders(found: Walk) -> list[Decider]:
     fault = found.fault
     if fault is None:
         return []
+    if found.params.big_endian:  # the words kept are in the CPU's order: asking again must not swap them
+        params = replace(found.params, big_endian=False)
+        found = Walk(found.va, found.access, params, found.raw, found.result, found.updates)
     if fault.type is FaultType.PERMISSION:
         return [*_leaf_bits(found), *_table_bits(found), *_register_bits(found)] or list(_each_by_itself(found))
     return list(_named_bits(found, fault))
@@ -67,7 +71,8 @@ def _named_bits(found: Walk, fault: Fault) -> Iterator[Decider]:
         limit = (
             f" exceeds {found.params.ps_bits} bits" if fault.cause == "OA" else " is 0" if fault.cause == "AF" else ""
         )
-        yield _at(step, field, f"{field} (bits {field.bits}){limit}" if limit else f"{field.name} is 1")
+        place = f"{field} (bit{'s' if ':' in field.bits else ''} {field.bits})"
+        yield _at(step, field, f"{place}{limit}" if limit else f"{field.name} is 1")
     elif fault.cause == "table":
         step = found.steps[-1]
         field = found.params.fmt.table(step.level)["TA"]
@@ -153,10 +158,12 @@ def _each_by_itself(found: Walk) -> Iterator[Decider]:
 
 
 def _register_bits(found: Walk) -> Iterator[Decider]:
-    p = found.params
+    p, rules = found.params, found.params.rules
+    none = RuleTable([0] * len(rules.wxn.rows))
     without = (
         replace(p, pan=False),
-        replace(p, rules=direct_rules(p.regime.has_el0, False, False)) if not p.pie else p,
+        p if p.pie else replace(p, rules=rules._replace(pan=direct_rules(p.regime.has_el0, False, False).pan)),
+        p if p.pie else replace(p, rules=rules._replace(final=rules.base, wxn=none)),
     )
     for (name, text), params in zip(_REGISTERS, without, strict=True):
         access = replace(found.access, pan=False) if name == "PSTATE.PAN" and found.access.pan else found.access
@@ -213,7 +220,7 @@ def _success(p: WalkParams, result: Translation) -> str:
 
 
 def _fault_lines(found: Walk, fault: Fault) -> list[str]:
-    el = max(found.access.el, 1)
+    el = found.params.regime.el
     why = [f"    because {d.text}" for d in deciders(found)]
     codes = f"    ESR_EL{el} {fault.esr(found.access):#x}, FAR_EL{el} {found.va:#x}"
     return [f"  = {fault}", *why, codes]

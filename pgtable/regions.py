@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pgtable.addresses import CHUNK, FEW, Addresses, Index, Sheet, distinct
+from pgtable.addresses import CHUNK, Addresses, Index, Sheet, distinct
 from pgtable.bits import Flags, Words
 from pgtable.classes import ENDS, LEVELS, NO_WORDS, Context, Ends, Judge, Numbers, inherited_mask, type_bits
 from pgtable.descriptors import LAST_LEVEL, Kind
@@ -327,13 +327,13 @@ class Walks:
         self.routes: list[_Route] = []
         self.scratch = np.empty((2, CHUNK), np.uint64)
         shift = p.fmt.granule.level_shift(LAST_LEVEL - 1)
-        size = addresses.bounds.n
-        if size <= FEW:  # one region, whose addresses are all walked to the end
-            self.index = Index(NO_WORDS, shift, 0, inverse=np.zeros(size, np.intp))
+        index = Index.of(addresses, shift, source.dense and not p.haft)
+        if index is None:  # as if all were in one region, each to be walked to the end
+            self.index = Index(NO_WORDS, shift, 0, inverse=np.zeros(addresses.bounds.n, np.intp))
             self.routes.append(_Exact(self.judge, self.descent))
             return
-        self.index = Index.of(addresses, shift, source.dense and not p.haft)
-        first = np.maximum(self.index.keys << np.uint64(shift), np.uint64(p.half_base))
+        self.index = index
+        first = np.maximum(index.keys << np.uint64(shift), np.uint64(p.half_base))
         self.route = np.zeros(len(first), np.uint16)  # by region
         page = first >> np.uint64(p.fmt.granule.page_shift)
         self._plan(source, self.descent.to_last_table(first), page)

@@ -41,5 +41,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in skipped if isinstance(r.longrepr, tuple))
     for reason, count in sorted(reasons.items()):
         write(f"skipped: {count} x {reason}")
+    if config.getoption("numprocesses", None):  # a worker's own output is lost: tables come as properties
+        for report in terminalreporter.stats.get("passed", []):
+            for name, text in report.user_properties:
+                write(f"{name}\n{text}")
     if config.option.markexpr:
         write(f"left out: tests that are not -m '{config.option.markexpr}' (make test PYTEST_MARK='full or not full')")

@@ -14,7 +14,8 @@ from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
 from pgtable import AccessType, FaultType, Granule, Translation, Walk
 from pgtable.attributes import MemoryAttributes, forced_outer, is_device
 from pgtable.descriptors import LAST_LEVEL
-from pgtable.registers import PAR_OK
+from pgtable.faults import fault_code
+from pgtable.registers import PAR_FAULT, PAR_OK
 
 
 class Context(NamedTuple):
@@ -36,6 +37,15 @@ class Context(NamedTuple):
         fault = self.walk.fault
         return fault is not None and fault.type is FaultType.ADDRESS_SIZE and bool(self.walk.raw)
 
+    def judge_faults(self, *types: FaultType, level: int | None = None) -> bool:
+        """The judge reports a fault of one of these types (at `level`) in PAR_EL1."""
+        if not isinstance(self.judge, int) or self.judge & EXC or not self.judge & 1:
+            return False
+        levels = range(-1, LAST_LEVEL + 1) if level is None else (level,)
+        return PAR_FAULT["FST"].get(self.judge) in {
+            fault_code(t, at) for t in types for at in levels if at >= 0 or t is not FaultType.PERMISSION
+        }
+
     def only(self, *fields: str) -> bool:
         """Both translate, and differ in the named fields of PAR_EL1 alone."""
         if not isinstance(self.judge, int) or not isinstance(self.model, int):
@@ -55,18 +65,21 @@ class Known(NamedTuple):
 
 def _high_bits_64k(c: Context) -> bool:
     p = c.walk.params
-    return c.address_size and p.fmt.granule is Granule.K64 and p.ps_bits < 52 and bool(c.last & 0xF << 12)
+    ignored = c.address_size and not c.judge_faults(FaultType.ADDRESS_SIZE)
+    return ignored and p.fmt.granule is Granule.K64 and p.ps_bits < 52 and bool(c.last & 0xF << 12)
 
 
 def _high_bits_ds(c: Context) -> bool:
     p = c.walk.params
-    return c.address_size and p.fmt.lpa2 and p.ps_bits < 52 and bool(c.last & 3 << 8)
+    ignored = c.address_size and not c.judge_faults(FaultType.ADDRESS_SIZE)
+    return ignored and p.fmt.lpa2 and p.ps_bits < 52 and bool(c.last & 3 << 8)
 
 
 def _clean_page_write(c: Context) -> bool:
     p = c.walk.params
     writable = c.walk.access.type is AccessType.AT_WRITE and p.hd and bool(c.last & p.not_dirty)
-    return c.walk.ok and writable and isinstance(c.judge, int) and bool(c.judge & 1)
+    result = c.walk.result
+    return isinstance(result, Translation) and writable and c.judge_faults(FaultType.PERMISSION, level=result.level)
 
 
 def _dirty_state(c: Context) -> bool:
@@ -94,14 +107,19 @@ def _page_attr(c: Context) -> int:
 
 def _low_memory(c: Context) -> bool:
     fault = c.walk.fault
-    aborted = fault is not None and fault.type is FaultType.EXTERNAL_ON_WALK
-    return aborted and c.walk.params.secure and c.walk.params.table_address(c.last) < BASE_RAM[0]
+    if fault is None or fault.type is not FaultType.EXTERNAL_ON_WALK:
+        return False
+    erased = c.judge_faults(FaultType.TRANSLATION, level=fault.level)
+    return erased and c.walk.params.secure and c.walk.params.table_address(c.last) < BASE_RAM[0]
 
 
 def _block_level(c: Context) -> bool:
     fault = c.walk.fault
-    refused = fault is not None and fault.cause == "descriptor" and fault.level < LAST_LEVEL
-    return c.case.reference == OLD and refused and c.last & 3 == BLOCK
+    p = c.walk.params
+    if c.case.reference != OLD or fault is None or fault.cause != "descriptor" or c.last & 3 != BLOCK:
+        return False
+    taken = fault.level == -1 or (not p.fmt.ds and (p.fmt.granule, fault.level) in TAKEN_BY_OLD)
+    return taken and not c.judge_faults(FaultType.TRANSLATION, level=fault.level)
 
 
 def _raw_sharing(c: Context) -> bool:
@@ -109,6 +127,7 @@ def _raw_sharing(c: Context) -> bool:
 
 
 OLD = "7.2"  # Debian 12's QEMU
+TAKEN_BY_OLD = {(Granule.K4, 0), (Granule.K16, 1), (Granule.K16, 0)}  # without DS there are no blocks here
 BLOCK = 1  # bits [1:0] of a block descriptor
 
 KNOWN: tuple[Known, ...] = (

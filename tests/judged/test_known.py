@@ -80,6 +80,20 @@ def test_a_row_does_not_explain_a_wrong_model(row: Known, cases: list[Case]) -> 
             assert explain(case, wrong_walk, judge, wrong_answer) == "", what
 
 
+def test_a_row_does_not_explain_a_judge_that_agrees_on_the_fault(row: Known, cases: list[Case]) -> None:
+    """Another answer of the judge than the one that the row is about: the model's own fault, at another level."""
+    for case in cases:
+        walk, answer = answered(case)
+        if walk.fault:
+            same_type_elsewhere = walk.fault._replace(level=(walk.fault.level + 1) % 4).par()
+            if row.name in ("T5", "T6"):
+                assert explain(case, walk, same_type_elsewhere, answer) == "", row.name
+            if row.name == "T16":
+                assert explain(case, walk, walk.fault.par() ^ 1 << 9, answer) == "", row.name
+        if row.name == "T1":
+            assert explain(case, walk, Fault(FaultType.TRANSLATION, 3).par(), answer) == ""
+
+
 def test_no_row_explains_a_query_without_a_walk(cases: list[Case]) -> None:
     assert {explain(case, None, 0, 1) for case in cases} == {""}
 

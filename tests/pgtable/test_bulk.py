@@ -104,8 +104,7 @@ class OnlyRead:
 
 
 def no_few(patch: pytest.MonkeyPatch) -> None:
-    for module in (addresses_module, regions_module):
-        patch.setattr(module, "FEW", 0)
+    patch.setattr(addresses_module, "FEW", 0)
 
 
 def small_chunks(patch: pytest.MonkeyPatch) -> None:
@@ -124,6 +123,7 @@ def colliding(patch: pytest.MonkeyPatch) -> None:
 def far_apart(patch: pytest.MonkeyPatch) -> None:
     no_few(patch)
     patch.setattr(addresses_module, "SPARSE", 4)
+    patch.setattr(addresses_module, "LONELY", 0)
     patch.setattr(addresses_module, "DIGIT", 4)
 
 
