@@ -22,7 +22,7 @@ from pgtable.descriptors import LAST_LEVEL, Kind
 from pgtable.faults import Fault, FaultType, fault_code
 from pgtable.params import WalkParams
 from pgtable.permissions import PR, PW, TO_UNPRIVILEGED
-from pgtable.walk import Translation, _effective_attr, leaf_permissions
+from pgtable.walk import Translation, _effective_attr, leaf_permissions, overlay_under_pan
 
 Numbers: TypeAlias = npt.NDArray[np.intp]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -367,6 +367,7 @@ def _refuse_permission(found: _Verdicts, judge: Judge, words: Words, base: Perms
         return
     if access.pan_sensitive and not unprivileged and (p.pan if access.pan is None else access.pan):
         base = np.where(pan, base & ~np.uint16(PR | PW), base)
+        overlay = np.where(pan, overlay_under_pan(p, words, overlay), overlay)
     for by_overlay, granted in ((OVERLAY, overlay), (0, base)):
         missing = need & ~(granted >> np.uint16(TO_UNPRIVILEGED if unprivileged else 0))
         write = np.where((missing & PR == 0) & access.asks_write, np.uint8(WRITE), np.uint8(0))

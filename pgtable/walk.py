@@ -21,10 +21,11 @@ from pgtable.attributes import (
     NORMAL_WT,
     OUTER_SHAREABLE,
     DEVICE_nGnRnE,
+    MemoryAttributes,
     is_device,
 )
 from pgtable.bits import W
-from pgtable.descriptors import LAST_LEVEL, Kind
+from pgtable.descriptors import LAST_LEVEL, Format, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.memory import Memory, NoMemory
 from pgtable.params import Regime, WalkParams
@@ -69,6 +70,18 @@ class Translation(NamedTuple):
     nG: bool
     ns: bool
 
+    @property
+    def attributes(self) -> MemoryAttributes:
+        """`attr` decoded: type, inner and outer cacheability, tagged, XS."""
+        return MemoryAttributes.of(self.attr)
+
+    @property
+    def guarded(self) -> bool:
+        """A guarded page: branches into it must land on BTI (FEAT_BTI). The bit is the same in every format."""
+        return bool(self.word & _GP)
+
+
+_GP = Format().leaf(LAST_LEVEL)["GP"].mask
 
 RawStep = tuple[int, int, int]  # level, pa, word
 
@@ -344,6 +357,16 @@ def leaf_permissions(p: WalkParams, word: W, inherited: W) -> tuple[W, W, W]:
     return base, overlay, pan
 
 
+def overlay_under_pan(p: WalkParams, word: W, overlay: Any) -> Any:
+    """The overlay of leaves that PAN refuses: PAN takes the write permission that WXN looks at (direct permissions).
+
+    Source: pseudocode S1DirectBasePermissions. It decides only which of two refusals is reported.
+    """
+    if p.overlays is None or p.pie:
+        return overlay
+    return overlay | (p.overlays.at(p.page["POIndex"].get(word)) & PW)
+
+
 def _permission_fault(
     p: WalkParams,
     level: int,
@@ -359,7 +382,7 @@ def _permission_fault(
     if not need:
         return None
     if pan and access.pan_sensitive and not unprivileged and (p.pan if access.pan is None else access.pan):
-        base &= ~(PR | PW)
+        base, overlay = base & ~(PR | PW), overlay_under_pan(p, word, overlay)
     shift = TO_UNPRIVILEGED if unprivileged else 0
     for by_overlay, granted in ((True, overlay), (False, base)):
         missing = need & ~(granted >> shift)

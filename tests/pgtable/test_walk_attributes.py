@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from pgtable import Access, AccessType, Translation, translate
+from pgtable import Access, AccessType, PhysicalMemory, Registers, Translation, translate
+from pgtable.build import TableBuilder
 from pgtable.features import CPUS
 from pgtable.params import Regime, WalkParams
+from pgtable.registers import TCR_EL1
 from tests.pgtable.hand import NAMES, OUT, REGIME_EL, Tree, hcr, leaf, tcr, tcr2, tree
 
 ATTRIBUTES = 0x0102_0304_AABB_44FF
@@ -202,3 +204,17 @@ def test_each_regime_has_its_own_mmu_switch(regime: str, el: int) -> None:
     made = tree(va=OUT, regime=regime, sctlr_flags={"M": 0})
     assert ask(made, Access.read(el)).level is None
     assert ask(tree(regime=regime, SCTLR_EL1=0), Access.read(el)).level == 3
+
+
+def test_a_translation_tells_its_attributes_and_whether_the_page_is_guarded() -> None:
+    memory = PhysicalMemory((0x4000_0000, 0x10_0000))
+    tables = TableBuilder(memory, (0x4000_0000, 0x10_0000))
+    tables.map(0, 0x8000_0000, 0x1000, GP=1, AttrIndx=1)
+    tables.map(0x1000, 0x8000_1000, 0x1000)
+    regs = Registers(TTBR0_EL1=tables.root, TCR_EL1=TCR_EL1.pack(T0SZ=16, IPS=5), MAIR_EL1=0xF0FF)
+    guarded, plain = (translate(memory, regs, va).result for va in (0, 0x1000))
+    assert isinstance(guarded, Translation)
+    assert isinstance(plain, Translation)
+    assert (guarded.guarded, plain.guarded) == (True, False)
+    assert (guarded.attributes.tagged, plain.attributes.tagged) == (True, False)
+    assert (guarded.attributes.type, plain.attributes.inner) == ("Normal", "write-back read/write-allocate")

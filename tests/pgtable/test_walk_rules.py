@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 
-from pgtable import Access, AccessType, Fault, Translation, translate
+from pgtable import Access, AccessType, Fault, Translation, translate, translate_many
 from pgtable.permissions import ALL, PG, PR, PW, PX, UG, UR, UW, UX
 from pgtable.walk import branch_target
 from tests.pgtable.hand import OUT, U64, Tree, leaf, tcr2, tree
@@ -395,12 +395,14 @@ def test_an_overlay_switches_table_attributes_off() -> None:
     assert not passes(made.with_regs(TCR2_EL1=0), Access.write())
 
 
-@pytest.mark.xfail(strict=True, reason="WXN is taken before PAN: the wrong one of two refusals is reported")
 def test_pan_takes_the_write_that_wxn_looks_at_before_wxn_takes_the_overlays() -> None:
     """S1DirectBasePermissions: wxn is WXN AND w AND x after PAN, so with PAN the overlay keeps its write."""
     made = tree(leaf(AP=0, UXN=0), TCR2_EL1=tcr2(POE=1), POR_EL1=7, PAN=1, sctlr_flags={"WXN": 1, "EPAN": 1})
     fault = fault_of(made, Access.write())
     assert (fault.overlay, fault.write) == (False, True)
+    assert fault_of(made.with_regs(POR_EL1=3), Access.write()).overlay, "an overlay that refuses by itself is named"
+    many = translate_many(made.memory, made.regs, [made.va], Access.write())
+    assert int(many.esr()[0]) == fault.esr(Access.write())
 
 
 # Cache maintenance.
