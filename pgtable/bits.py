@@ -83,10 +83,13 @@ class Field:
         return cast(W, result)
 
     def _fitting(self, value: Any) -> Any:
-        bad = value & ~self.value_mask if isinstance(value, int) else value & np.uint64(_U64 ^ self.value_mask)
-        if np.any(bad) or (isinstance(value, int) and value < 0):
-            culprit = value if isinstance(value, int) else int(value[bad != 0].flat[0])
-            raise ValueError(f"{self} cannot hold {culprit:#x}")
+        if isinstance(value, int):
+            if value & ~self.value_mask:
+                raise ValueError(f"{self} cannot hold {value:#x}")
+            return value
+        bad = value & np.uint64(_U64 ^ self.value_mask)
+        if bad.any():
+            raise ValueError(f"{self} cannot hold {int(value[bad != 0].flat[0]):#x}")
         return value
 
     def meaning(self, value: int) -> str:

@@ -566,7 +566,7 @@ MUTANTS: tuple[Mutant, ...] = (
         Edit(
             "walk:_permission_fault",
             ("access.pan_sensitive and not unprivileged and", "access.pan_sensitive and"),
-            ("base &= ~(PR | PW)", "base &= ~(PR | PW | (PR | PW) << TO_UNPRIVILEGED)"),
+            ("base & ~(PR | PW), ", "base & ~(PR | PW | (PR | PW) << TO_UNPRIVILEGED), "),
         ),
     ),
     _mutant(

@@ -47,7 +47,7 @@ MAIR = 0x0000_00BB_0C44_00FF
 ROOT = 0x4000_0000
 TABLE_STEP = 0x1_0000  # tables are 64 KiB apart, whatever the granule
 OUT = 0x8000_0000
-VA = 0x0000_1234_5678_9ABC & ~0xFFFF | 0x9AB8
+VA = 0x0000_1234_5678_9AB8
 
 
 def flags(shifts: dict[str, int], **values: int) -> int:

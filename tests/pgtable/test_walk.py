@@ -124,9 +124,9 @@ def test_start_levels_are_those_of_the_table(granule: str) -> None:
             assert start_level(granule, ia) == level
 
 
-def _limits(granule: str, cpu: str | None, ds: int = 0, **changes: bool) -> tuple[int, int]:
+def _limits(granule: str, ds: int, **changes: bool) -> tuple[int, int]:
     """The smallest and largest TxSZ that do not fault."""
-    features = CPUS[cpu or "max"].replace(**changes)
+    features = CPUS["max"].replace(**changes)
     fine = []
     for txsz in range(64):
         made = tree(granule=granule, cpu=features, tcr_flags={"DS": ds}, va=0, ps=6)
@@ -154,7 +154,7 @@ def _limits(granule: str, cpu: str | None, ds: int = 0, **changes: bool) -> tupl
     ],
 )
 def test_txsz_limits(granule: str, ds: int, changes: dict[str, bool], limits: tuple[int, int]) -> None:
-    assert _limits(granule, None, ds, **changes) == limits
+    assert _limits(granule, ds, **changes) == limits
 
 
 def test_a_cpu_that_clamps_uses_the_nearest_legal_txsz() -> None:
