@@ -45,15 +45,23 @@ class ExternalAbort(Exception):  # noqa: N818  Arm's name: the AT instruction ta
         self.esr = esr
 
 
-def at_walk(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap | None = None) -> Walk:
-    """The walk that an AT instruction makes; raises ValueError for an unknown operation."""
+def at_request(regs: Registers, operation: str) -> tuple[Access, Regime]:
+    """What an AT instruction asks, and in which regime.
+
+    Raises ValueError for an unknown operation, and for one that asks stage 2.
+    """
     if operation not in OPERATIONS:
         raise ValueError(f"AT {operation}: must be one of {', '.join(OPERATIONS)}")
     if operation.startswith("S12") and stage2_on(regs):
         raise ValueError(f"AT {operation} with HCR_EL2.VM or DC set: stage 2 is not modelled")
     kind, el, pan = OPERATIONS[operation]
-    access = Access(kind, el, pan=bool(regs.PAN) if pan else None)
-    return translate(memory, regs, va, access, regime=_regime(regs, el), swap=swap)
+    return Access(kind, el, pan=bool(regs.PAN) if pan else None), _regime(regs, el)
+
+
+def at_walk(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap | None = None) -> Walk:
+    """The walk that an AT instruction makes; raises as `at_request`."""
+    access, regime = at_request(regs, operation)
+    return translate(memory, regs, va, access, regime=regime, swap=swap)
 
 
 def stage2_on(regs: Registers) -> bool:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pgtable.access import Access, AccessType
 from pgtable.addresses import Addresses, Sheet, untagged_bounds
-from pgtable.at import OPERATIONS, _regime, par_of, stage2_on
+from pgtable.at import at_request, par_of
 from pgtable.bits import Flags, Words
 from pgtable.classes import (
     CLASS,
@@ -179,13 +179,8 @@ def at_many(memory: Memory, regs: Registers, operation: str, vas: npt.ArrayLike,
 
     Raises ValueError for an unknown operation, and for one that asks stage 2.
     """
-    if operation not in OPERATIONS:
-        raise ValueError(f"AT {operation}: must be one of {', '.join(OPERATIONS)}")
-    if operation.startswith("S12") and stage2_on(regs):
-        raise ValueError(f"AT {operation} with HCR_EL2.VM or DC set: stage 2 is not modelled")
-    kind, el, pan = OPERATIONS[operation]
-    access = Access(kind, el, pan=bool(regs.PAN) if pan else None)
-    return translate_many(memory, regs, vas, access, regime=_regime(regs, el), swap=swap)
+    access, regime = at_request(regs, operation)
+    return translate_many(memory, regs, vas, access, regime=regime, swap=swap)
 
 
 def _addresses(vas: npt.ArrayLike) -> tuple[Words, tuple[int, ...]]:
