@@ -21,7 +21,8 @@ from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.walk import leaf_permissions, regime_of
 
-MAX_TABLES = 1 << 22  # table pages visited: 2 GiB of 4K tables
+MAX_TABLES = 1 << 22  # table pages visited: 16 GiB of 4K tables
+MAX_VISITS = 1 << 12  # of a table page at one level, on average, in a tree that refers to its own upper tables
 
 _NONE = np.zeros(0, np.uint64)
 
@@ -109,8 +110,10 @@ def _levels(memory: PhysicalMemory, p: WalkParams, *, pages: bool = True) -> lis
     visited = 0
     for level, _, mask in p.levels:
         visited += len(pa)
-        if visited > MAX_TABLES:
-            raise ValueError(f"the tree at PA {p.base:#x} has more than {MAX_TABLES} tables: it refers to itself")
+        distinct = np.unique(pa)
+        recursive = any(np.isin(distinct, above.pa).any() for above, _ in found)
+        if visited > MAX_TABLES or (recursive and len(pa) > MAX_VISITS * len(distinct)):
+            raise ValueError(f"the tree at PA {p.base:#x} has {visited} tables at level {level}: it refers to itself")
         words, there = memory.tables(pa, mask + 1) if level != LAST_LEVEL or pages else _unread(memory, pa)
         if p.big_endian:
             words = words.byteswap()

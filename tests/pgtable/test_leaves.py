@@ -298,16 +298,23 @@ def test_a_recursive_entry_is_followed_like_any_other() -> None:
     assert found.va.tolist() == [sum(tops[:n]) for n in range(5)]
 
 
-def test_a_tree_of_nothing_but_itself_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MAX_TABLES", 1000)
-    made = tree()
+@pytest.mark.parametrize(("granule", "ia"), [("4K", 48), ("4K", 39), ("64K", 48)])
+def test_a_tree_of_nothing_but_itself_is_refused_with_a_sentence(granule: str, ia: int) -> None:
+    made = tree(granule=granule, ia=ia, va=0)
     memory = _physical(made)
-    memory.words(ROOT, 512)[:] = table(ROOT)
+    memory.words(ROOT, 1 << STRIDE[granule])[:] = table(ROOT)
     for call in (leaves, tables):
         with pytest.raises(
-            ValueError, match=r"^the tree at PA 0x40000000 has more than 1000 tables: it refers to itself$"
+            ValueError, match=r"^the tree at PA 0x40000000 has \d+ tables at level \d: it refers to itself$"
         ):
             call(memory, made.regs)
+
+
+def test_a_tree_of_too_many_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "MAX_TABLES", 3)
+    made = tree()
+    with pytest.raises(ValueError, match=r"has 4 tables at level 3: it refers to itself$"):
+        leaves(_physical(made), made.regs)
 
 
 def test_indirect_permissions_and_overlays_are_listed_as_the_walk_gives_them() -> None:
