@@ -30,6 +30,7 @@ from tests.pgtable.hand import (
     tree,
 )
 
+AF = 1 << 10
 POOL = 6  # table pages, that refer to one another at random
 OA_MASK = {"4K": 0x0000_FFFF_FFFF_F000, "16K": 0x0000_FFFF_FFFF_C000, "64K": 0x0000_FFFF_FFFF_F000}
 
@@ -53,20 +54,20 @@ def random_words(rng: random.Random, granule: str, level: int, pages: list[int],
         return rng.getrandbits(64) & ~(OA_MASK[granule] | 3)
 
     for _ in range(20):
-        words[rng.randrange(n)] = junk() | rng.getrandbits(47) & OA_MASK[granule] & ~0xFFFF | rng.choice((0, 1, 2, 3))
+        oa = rng.getrandbits(rng.choice((40, 40, 47))) & OA_MASK[granule] & ~0xFFFF
+        words[rng.randrange(n)] = junk() | oa | rng.choice((0, AF, AF)) | rng.choice((0, 1, 2, 3))
     size = 1 << PAGE_SHIFT[granule] + (3 - level) * STRIDE[granule]
     for _ in range(4):
-        at, attributes = rng.randrange(n), junk() & ~(0xFF << 55)
+        at, attributes = rng.randrange(n), junk() & ~(0xFF << 55) | rng.choice((0, AF, AF))
         length = min(n - at, rng.randrange(1, 40))
-        first = rng.getrandbits(46) & -size & OA_MASK[granule] & ~0xFFFF
+        first = rng.getrandbits(43) & -size & OA_MASK[granule] & ~0xFFFF
         for i in range(length):
             words[at + i] = attributes | (first + i * size) & ((1 << 48) - 1) | (3 if level == 3 else 1)
     if level < 3:  # what looks like a table leads to one of ours, or to where there is no RAM
         for i in np.flatnonzero((words & np.uint64(3)) == 3):
             words[i] = int(words[i]) & ~(OA_MASK[granule] | 3)
-        for _ in range(2):
-            limits = rng.choice((0, 0, rng.getrandbits(4))) << 59
-            words[rng.randrange(n)] = rng.choice([*pages, 0x7_0000_0000]) | 3 | limits
+        for entry, page in zip(rng.sample(range(n), 2), (pages[0], rng.choice([*pages, 0x7_0000_0000])), strict=True):
+            words[entry] = page | 3 | rng.choice((0, 0, rng.getrandbits(4))) << 59
     return words
 
 
@@ -77,7 +78,7 @@ def random_tree(rng: random.Random, granule: str, ia: int, regime: str = "EL10",
     for i, page in enumerate(pages):
         level = min(start + i // 2, 3)
         n = 1 << min(ia - PAGE_SHIFT[granule] - (3 - start) * STRIDE[granule] if i < 2 else 99, STRIDE[granule])
-        words = random_words(rng, granule, level, pages[i + 1 :] or [page], n)
+        words = random_words(rng, granule, level, pages[i // 2 * 2 + 2 :] or [page], n)
         memory.words(page, len(words))[:] = words.byteswap() if big_endian else words
     one = regime in ("EL2", "EL3")
     el = REGIME_EL[regime]
