@@ -183,7 +183,8 @@ def test_ctrl_c_ends_with_130_and_one_line() -> None:
     path = kernel_path("debian:6.1")
     args = [COMMAND, "check", "set_memory_valid", "--kernel", str(path), "--pages", "28000"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(2.5)
+        while "libunicorn" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)  # by the clock, a fast machine would have printed and a slow one not begun
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
