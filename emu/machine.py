@@ -133,6 +133,7 @@ class Machine:
         self._warned: set[int] = set()
         self._now = _Run()
         self._order = OrderRecorder(self.cpu, self.read)
+        self._on_warn: Callable[[object], None] | None = None
         self._known: Mark | None = None  # table words when the guest last ran
         self._pages_given = 0
         self._svc_end: int | None = None
@@ -279,7 +280,8 @@ class Machine:
         """Calls a kernel function (name or address) with up to eight integer arguments, under AAPCS64.
 
         `timeout`: seconds of wall clock; `blocks`: basic blocks it may run (costs a hook, some 0.5 us a block).
-        `record`: "changes" or "order" (also barriers and table writes, in order; 5 to 8 us each), "nothing".
+        `record`: "changes" or "order" (also barriers and table writes, in order; 5 to 8 us each), "nothing", or
+        "events": the order without a comparison, for many calls on tables that only the guest changes (see `watch`).
         Raises SymbolError for a name that is not there or not one.
         """
         if len(args) > 8:
@@ -299,6 +301,15 @@ class Machine:
             self.cpu.flush_code()
         self.stubs[address] = action
 
+    def watch(self, tables: list[tuple[int, int]], on_event: Callable[[object], None]) -> None:
+        """For many calls with record="events": writes to PA ranges `tables` count, hooks stay, nothing is flushed.
+
+        `on_event(event)` is told at once of each TLBI, barrier and table write (emu.trace) and each Warn. The
+        caller answers for code and the machine's own tables being left alone between calls.
+        """
+        self._order.keep(tables)
+        self._order.on_event = self._on_warn = on_event
+
     def argument(self, n: int) -> int:
         """The value of Xn now: in a stub, argument n."""
         return self.cpu.read(engine.X[n])
@@ -311,18 +322,18 @@ class Machine:
         return True
 
     def _record(self, pc: int, until: int, timeout: float | None, blocks: int | None, record: str) -> CallResult:
-        if record not in ("changes", "order", "nothing"):
-            raise ValueError(f"record={record!r}: must be 'changes', 'order' or 'nothing'")
+        if record not in ("changes", "order", "nothing", "events"):
+            raise ValueError(f"record={record!r}: must be 'changes', 'order', 'events' or 'nothing'")
         self._now = _Run(home=self.cpu.read(engine.LR))
         if self.mmu:
             self.mmu.begin()
-        before = self._mark() if record != "nothing" else None
-        if before is None:
+        before = self._mark() if record in ("changes", "order") else None
+        if before is None and record == "nothing":
             self._known = None
             self.cpu.flush_tlb()
         budget = _Budget(self.cpu, blocks) if blocks is not None else None
         try:
-            if record == "order":
+            if record in ("order", "events"):
                 ended = self._order.run(pc, until, timeout, self._table_ranges(whole=True))
             else:
                 ended = self.cpu.run(pc, until, timeout)
@@ -336,7 +347,7 @@ class Machine:
             maintenance=tuple(self._now.maintenance),
             warnings=tuple(self._now.warnings),
             stop=stop,
-            events=tuple(self._order.events) if record == "order" else None,
+            events=tuple(self._order.events) if record in ("order", "events") else None,
             x=tuple(self.cpu.general()),
         )
 
@@ -425,6 +436,10 @@ class Machine:
         self.memory.words(pa, self.plan.page_size // 8)[:] = 0
         return pa
 
+    def take_back(self) -> None:
+        """The page pool is whole again: what give_page gave is forgotten."""
+        self._pages_given = 0
+
     def struct_page(self, pa: int) -> int:
         """The kernel's struct page of a page of RAM, as its own vmalloc_to_page says. Raises ValueError without it."""
         if self._struct_pages is None:
@@ -512,7 +527,10 @@ class Machine:
             return False
         repeat = bug.once and pc in self._warned
         self._warned.add(pc)
-        self._now.warnings.append(Warn(pc, self.describe(pc), bug.file, bug.line, bug.once, repeat))
+        warn = Warn(pc, self.describe(pc), bug.file, bug.line, bug.once, repeat)
+        self._now.warnings.append(warn)
+        if self._on_warn:
+            self._on_warn(warn)
         self.cpu.write(engine.PC, pc + 4)
         return True
 

@@ -4,6 +4,9 @@ How: the CPU tells when a block has been translated, before it first runs. A blo
 hook yet stops the run; the barrier gets one, translated code is dropped, and the run goes on from there. So only the
 barriers that really run are hooked (a hook on all of them costs 100 times the call), in kernel text, patched
 alternatives, modules and snippets alike.
+
+Hooking drops translated code, which costs milliseconds a run. `keep` leaves the hooks where they are, for many calls
+of code that nobody changes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from emu.engine import PC, Cpu, End, Ended
 from emu.trace import Barrier, Event, TableWrite, barrier_name
 from pgtable import NoMemory
 
+Ranges = list[tuple[int, int]]  # (PA, bytes)
+
 
 class OrderRecorder:
     """Records into `events` while `run` lasts. Barrier sites once seen are kept for the next run."""
@@ -27,38 +32,66 @@ class OrderRecorder:
         self._sites: dict[int, str] = {}
         self._new: dict[int, str] = {}
         self._running = False
+        self._kept: list[int] | None = None
         self.events: list[Event] = []
+        self.on_event: Callable[[object], None] | None = None
 
-    def run(self, pc: int, until: int, timeout: float | None, tables: list[tuple[int, int]]) -> Ended:
+    def keep(self, tables: Ranges) -> None:
+        """From now on the hooks stay between runs, for writes to `tables` whatever `run` is given.
+
+        For code that does not change meanwhile.
+        """
+        self._kept = self._hooks(tables)
+        self._cpu.flush_code()
+
+    def run(self, pc: int, until: int, timeout: float | None, tables: Ranges) -> Ended:
         """Runs like `Cpu.run`; writes to PA ranges `tables` (PA, bytes) are table writes."""
         self.events, self._running = [], True
+        if self._kept is not None:
+            try:
+                return self._run(pc, until, timeout, self._kept)
+            finally:
+                self._running = False
         self._sites = {site: name for site in self._sites if (name := self._name_at(site))}
-        cpu, deadline = self._cpu, None if timeout is None else time.monotonic() + timeout
-        hooks = [cpu.on_write(self._on_write, base, base + size - 1) for base, size in tables if size]
-        hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._sites]
-        hooks.append(cpu.on_new_block(self._on_new_block))
-        cpu.flush_code()
+        hooks = self._hooks(tables)
+        self._cpu.flush_code()
         try:
-            while True:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                ended = cpu.run(pc, until, left)
-                if not self._new or ended.end is not End.STOPPED:
-                    return ended
-                hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._new]
-                self._sites |= self._new
-                self._new = {}
-                cpu.flush_code()
-                pc = cpu.read(PC)
+            return self._run(pc, until, timeout, hooks)
         finally:
             self._running = False
             for hook in hooks:
-                cpu.remove(hook)
+                self._cpu.remove(hook)
+            self._cpu.flush_code()
+
+    def _hooks(self, tables: Ranges) -> list[int]:
+        cpu = self._cpu
+        hooks = [cpu.on_write(self._on_write, base, base + size - 1) for base, size in tables if size]
+        hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._sites]
+        return [*hooks, cpu.on_new_block(self._on_new_block)]
+
+    def _run(self, pc: int, until: int, timeout: float | None, hooks: list[int]) -> Ended:
+        """Runs on through the stops at barriers that have no hook yet; theirs are added to `hooks`."""
+        cpu, deadline = self._cpu, None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ended = cpu.run(pc, until, left)
+            if not self._new or ended.end is not End.STOPPED:
+                return ended
+            hooks += [cpu.on_code(self._on_barrier, site, site) for site in self._new]
+            self._sites |= self._new
+            self._new = {}
             cpu.flush_code()
+            pc = cpu.read(PC)
 
     def note(self, event: Event) -> None:
         """Adds an event that another hook saw, while `run` lasts."""
         if self._running:
-            self.events.append(event)
+            self._add(event)
+
+    def _add(self, event: Event) -> None:
+        self.events.append(event)
+        if self.on_event:
+            self.on_event(event)
 
     def _name_at(self, site: int) -> str | None:
         """The barrier there now: code may have changed since the last run, as snippets do."""
@@ -76,9 +109,9 @@ class OrderRecorder:
         return not self._new
 
     def _on_barrier(self, pc: int) -> bool:
-        self.events.append(Barrier(self._sites[pc], pc))
+        self._add(Barrier(self._sites[pc], pc))
         return True
 
     def _on_write(self, pa: int, size: int, value: int) -> bool:
-        self.events.append(TableWrite(pa, value & (1 << 8 * size) - 1, self._cpu.read(PC)))
+        self._add(TableWrite(pa, value & (1 << 8 * size) - 1, self._cpu.read(PC)))
         return True

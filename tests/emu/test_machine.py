@@ -138,7 +138,7 @@ def test_a_wrong_call_is_refused_before_anything_runs(machine: Machine) -> None:
     assert len(caught.value.addresses) == 2
     with pytest.raises(ValueError, match="9 arguments: a call passes at most 8"):
         machine.call("strlen", *range(9))
-    with pytest.raises(ValueError, match="record='everything': must be 'changes', 'order' or 'nothing'"):
+    with pytest.raises(ValueError, match="record='everything': must be 'changes', 'order', 'events' or 'nothing'"):
         machine.call("strlen", machine.plan.spare, record="everything")
     with pytest.raises(ValueError, match="blocks=0: must be more than 0"):
         machine.call("strlen", machine.plan.spare, blocks=0)

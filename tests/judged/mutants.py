@@ -13,16 +13,12 @@ Rules of this file:
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import random
 import sys
-import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +30,8 @@ from pgtable.attributes import is_device
 from pgtable.descriptors import LAST_LEVEL, Format
 from pgtable.permissions import ALL, PR, PW, UR, UW
 from pgtable.registers import ESR, TCR2, TCR_EL1
+from tests import mutation
+from tests.mutation import Change, Edit, Set
 
 HERE = Path(__file__).parent
 EXTRACT = HERE / "extract.jsonl.xz"
@@ -44,90 +42,11 @@ OF_MODEL = ("pgtable", "emu.judge")  # packages in which a replaced object may b
 # ---- replacing a rule
 
 
-class Edit:
-    """Pieces of a function's text replaced; `target` is `module:name` or `module:Class.name`, without `pgtable.`."""
-
-    def __init__(self, target: str, *pieces: tuple[str, str]) -> None:
-        self.target = target
-        self.pieces = pieces
-
-    def made(self, owner: Any, old: Any) -> Any:
-        """The changed function or property; `owner` is the module or class that has it."""
-        plain = inspect.unwrap(getattr(old, "func", None) or getattr(old, "fget", None) or old)
-        text = _text(plain)
-        for piece, new in self.pieces:
-            if text.count(piece) != 1:
-                raise ValueError(f"{self.target} has {text.count(piece)} times, not once: {piece!r}")
-            text = text.replace(piece, new)
-        made: dict[str, Any] = {}
-        exec(compile(text, f"<mutant of {self.target}>", "exec"), plain.__globals__, made)
-        (found,) = made.values()
-        if hasattr(found, "__set_name__"):
-            found.__set_name__(owner, self.target.rpartition(".")[2])
-        return found
-
-
-@cache
-def _text(function: Any) -> str:
-    """A function's text, as it was when first asked for: a file that is edited later would give another one."""
-    return textwrap.dedent(inspect.getsource(function))
-
-
-class Set:
-    """A table or constant replaced by what `value` makes of it."""
-
-    def __init__(self, target: str, value: Callable[[Any], Any]) -> None:
-        self.target = target
-        self.value = value
-
-    def made(self, owner: Any, old: Any) -> Any:
-        """The new value."""
-        return self.value(old)
-
-
-Change = Edit | Set
-
-
 @contextmanager
 def broken(changes: Iterable[Change]) -> Iterator[None]:
-    """The model with `changes` made, and put back afterwards."""
-    undo: list[tuple[Any, str, Any]] = []
-    try:
-        for change in changes:
-            module, _, path = change.target.partition(":")
-            owner: Any = importlib.import_module(f"pgtable.{module}")
-            *classes, name = path.split(".")
-            for part in classes:
-                owner = getattr(owner, part)
-            old = vars(owner)[name]
-            new = change.made(owner, old)
-            for place in [owner] if classes else _holders(name, old):
-                undo.append((place, name, old))
-                setattr(place, name, new)
-        _forget()
+    """The model with `changes` made. Registers and their parameters are made anew for each case."""
+    with mutation.broken(changes, OF_MODEL, prefix="pgtable.", keep=(model.ram,)):
         yield
-    finally:
-        for place, name, old in reversed(undo):
-            setattr(place, name, old)
-        _forget()
-
-
-def _modules() -> list[Any]:
-    return [m for name, m in list(sys.modules.items()) if name.startswith(OF_MODEL)]
-
-
-def _holders(name: str, value: object) -> list[Any]:
-    """The modules that define or import `value`."""
-    return [m for m in _modules() if vars(m).get(name) is value]
-
-
-def _forget() -> None:
-    """Clears everything remembered from before: the caches of functions. Registers and their parameters are made
-    anew for each case."""
-    for module in _modules():
-        for value in list(vars(module).values()):
-            if hasattr(value, "cache_clear") and value is not model.ram:
-                value.cache_clear()
 
 
 # ---- the mutants

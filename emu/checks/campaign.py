@@ -1,0 +1,219 @@
+"""Many cases of many functions: counts, differences, rows that no case reached, and blocks of code that none ran.
+
+Rules of this file:
+- A function is run in each of its worlds (`FLAVOURS`): the plain one, one with nG mappings, one with 52-bit tables.
+- Cases are the harness's prepared ones, then random ones; the seed alone decides them.
+- A case that fails is shrunk before it is shown.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from emu.checks.coverage import Coverage, FunctionCoverage, Run
+from emu.checks.harness import Harness, differences
+from emu.checks.world import World
+from emu.image import KernelImage
+from kernel_model.compare import Difference
+from kernel_model.variants import Variant
+
+FLAVOURS: dict[str, dict[str, Any]] = {"plain": {}, "ng": {"ng": True}, "wide": {"wide": True}}
+SHRINK_TRIES = 300
+SHOWN = 5  # failing cases that are shrunk and kept, for each function
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that the model got wrong, shrunk."""
+
+    flavour: str
+    case: Any
+    differences: tuple[Difference, ...]
+
+
+@dataclass
+class FunctionReport:
+    """What came of one function's cases."""
+
+    function: str
+    cases: int = 0
+    events: int = 0
+    failed: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Nothing differs and every row was reached."""
+        return not self.failed and not self.unreached
+
+
+class Worlds:
+    """The worlds of one image, made when asked for. `variant`: the model to use in place of the image's own."""
+
+    def __init__(self, image: KernelImage, variant: Variant | None = None) -> None:
+        self.image, self.variant = image, variant
+        self._made: dict[str, World] = {}
+
+    def __getitem__(self, flavour: str) -> World:
+        if flavour not in self._made:
+            self._made[flavour] = World(self.image, variant=self.variant, **FLAVOURS[flavour])
+        return self._made[flavour]
+
+    def flavours(self, harness: Harness) -> list[str]:
+        """Those of a harness that this image can run."""
+        layout = self.image.layout
+        wanted = getattr(harness, "worlds", ("plain",))
+        return [name for name in wanted if name != "wide" or layout.va_bits > layout.va_bits_min]
+
+
+def run_function(
+    worlds: Worlds,
+    harness: Harness,
+    cases: int,
+    seed: int,
+    *,
+    progress: Progress = lambda _: None,
+    cover: Sequence[str] = (),
+    executed: set[Run] | None = None,
+) -> FunctionReport:
+    """All prepared cases and `cases` random ones of one function; `executed` collects code of `cover` that ran."""
+    report = FunctionReport(harness.function)
+    start = time.monotonic()
+    flavours = worlds.flavours(harness)
+    share = cases // (2 * len(flavours)) if len(flavours) > 1 else 0
+    for flavour in flavours:
+        count = cases - share * (len(flavours) - 1) if flavour == flavours[0] else share
+        world = worlds[flavour]
+        coverage = Coverage(world.machine, cover, executed) if cover else None
+        if coverage:
+            coverage.start()
+        try:
+            _run_world(report, world, harness, flavour, count, seed, progress)
+        finally:
+            if coverage:
+                coverage.stop()
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def cases_of(world: World, harness: Harness, flavour: str, count: int, seed: int) -> Iterator[Any]:
+    """The prepared cases, then `count` random ones."""
+    yield from harness.prepared(world)
+    rng = random.Random(f"{seed}:{harness.function}:{flavour}")
+    for _ in range(count):
+        yield harness.random(world, rng)
+
+
+def _run_world(
+    report: FunctionReport, world: World, harness: Harness, flavour: str, count: int, seed: int, progress: Progress
+) -> None:
+    reached: set[str] = set()
+    for i, case in enumerate(cases_of(world, harness, flavour, count, seed)):
+        if i % 50 == 0:
+            progress(f"{harness.function} ({flavour}): case {i}")
+        checked = harness.run(world, case)
+        report.cases += 1
+        report.events += len(checked.real.events) + len(checked.real.words) + 1
+        reached |= checked.rows
+        found = differences(world, checked)
+        if found:
+            report.failed += 1
+            if len(report.failures) < SHOWN:
+                smallest = shrink(world, harness, case)
+                report.failures.append(Failure(flavour, smallest, _of(world, harness, smallest) or tuple(found)))
+    where = "" if flavour == "plain" else f" ({flavour})"
+    report.unreached += [row + where for row in sorted(harness.rows(world) - reached)]
+
+
+def _of(world: World, harness: Harness, case: Any) -> tuple[Difference, ...]:
+    return tuple(differences(world, harness.run(world, case)))
+
+
+def shrink(world: World, harness: Harness, case: Any) -> Any:
+    """A simpler case that fails too; greedy, at most SHRINK_TRIES runs."""
+    tries = SHRINK_TRIES
+    while tries > 0:
+        for smaller in islice(harness.smaller(case), tries):
+            tries -= 1
+            if _of(world, harness, smaller):
+                case = smaller
+                break
+        else:
+            return case
+    return case
+
+
+@dataclass
+class Campaign:
+    """Reports of all functions, and the coverage of the compiled code."""
+
+    kernel: str
+    release: str
+    variant: str
+    seed: int
+    reports: list[FunctionReport] = field(default_factory=list)
+    coverage: list[FunctionCoverage] = field(default_factory=list)
+
+    @property
+    def events(self) -> int:
+        """Events compared, in all."""
+        return sum(report.events for report in self.reports)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing differs, and every row of every function was reached."""
+        return all(report.ok for report in self.reports)
+
+
+def run_all(
+    image: KernelImage,
+    names: Sequence[str],
+    cases: int,
+    seed: int,
+    *,
+    variant: Variant | None = None,
+    progress: Progress = lambda _: None,
+    coverage: bool = True,
+) -> Campaign:
+    """Every function of `names` (registry.names), and the coverage of the compiled code by all of them together."""
+    from emu.checks import registry
+
+    worlds = Worlds(image, variant)
+    model = variant or worlds["plain"].variant
+    found = Campaign(image.name, image.release, model.name, seed)
+    executed: set[Run] = set()
+    scope = "all" if len(names) > 1 else names[0]
+    cover = list(registry.covered(image, scope)) if coverage else []
+    for name in names:
+        if name in registry.WHOLES:
+            found.reports.append(_whole(image, name, cases, seed, progress))
+        else:
+            harness = registry.harness(name)
+            report = run_function(worlds, harness, cases, seed, progress=progress, cover=cover, executed=executed)
+            found.reports.append(report)
+    if cover:
+        found.coverage = Coverage(worlds["plain"].machine, cover, executed).report()
+    return found
+
+
+def _whole(image: KernelImage, name: str, cases: int, seed: int, progress: Progress) -> FunctionReport:
+    """A check that has its own run(); its differences are sentences."""
+    from emu.checks import registry
+
+    progress(name)
+    start = time.monotonic()
+    made = registry.whole(name)(image, cases, seed)
+    report = FunctionReport(name, made.cases, made.events, len(made.differences), unreached=list(made.unreached))
+    for text in made.differences[:SHOWN]:
+        report.failures.append(Failure("plain", text, (Difference(name, "text", "as the model", text),)))
+    report.seconds = time.monotonic() - start
+    return report

@@ -1,0 +1,210 @@
+"""`pgtable check`: kernel functions against the model, one prepared call or many cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from emu.cli import CommandError
+from emu.cli_run import _JSON, _KERNEL, _SYMBOLS, bad_input, load_image, report_json, report_text
+
+if TYPE_CHECKING:
+    from emu.checks.campaign import Campaign, FunctionReport
+    from emu.image import KernelImage
+    from kernel_model.variants import Variant
+
+MAIN_JOB = "set_memory_valid"
+
+
+@click.command()
+@click.argument("function")
+@_KERNEL
+@_SYMBOLS
+@click.option("--cases", type=click.IntRange(0, 1_000_000), help="Random cases of each function (default 200).")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Of the random cases.")
+@click.option("--pages", default=4, show_default=True, type=click.IntRange(0, 1 << 20), help="Pages of the main job.")
+@click.option("--enable", type=click.IntRange(0, 1), help="The main job's call: 0 invalid, 1 valid. Default: both.")
+@click.option("--model", metavar="VARIANT", help="Predict with this row of the model (6.1, 6.12, 7.x, mail-v1 ...).")
+@click.option("--save", type=click.Path(file_okay=False), help="Folder for failing cases [pgtable-failures].")
+@_JSON
+@click.pass_context
+def check(
+    ctx: click.Context,
+    function: str,
+    source: str,
+    symbols: str | None,
+    cases: int | None,
+    seed: int,
+    pages: int,
+    enable: int | None,
+    model: str | None,
+    save: str | None,
+    as_json: bool,
+) -> None:
+    """Run the kernel's FUNCTION on prepared tables and compare with what the model predicted.
+
+    FUNCTION is a function's name, ptdump, kfence, or `all`. set_memory_valid without --cases is the main job: pages
+    of the linear map made invalid, then valid, shown in full. Everything else is many cases: prepared ones for each
+    situation, then --cases random ones. Exit code 1 if anything differs, or if a row of the model's table was not
+    reached.
+    """
+    from kernel_model.variants import by_name
+
+    with bad_input():
+        variant = by_name(model) if model else None
+        if function == MAIN_JOB and cases is None:
+            _main_job(ctx, source, symbols, pages, enable, variant, as_json)
+        image = load_image(source, symbols)
+        campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant)
+    saved = _save(campaign, Path(save or "pgtable-failures"))
+    click.echo(json.dumps(campaign_json(campaign, function), indent=1) if as_json else campaign_text(campaign))
+    for path in saved:
+        click.echo(f"failing case saved: {path}", err=True)
+    ctx.exit(0 if campaign.ok else 1)
+
+
+def _main_job(
+    ctx: click.Context,
+    source: str,
+    symbols: str | None,
+    pages: int,
+    enable: int | None,
+    variant: Variant | None,
+    as_json: bool,
+) -> None:
+    from emu.check import KernelSubject, main_job
+
+    reports = main_job(KernelSubject(load_image(source, symbols)), pages, enable, variant)
+    click.echo(json.dumps(report_json(reports), indent=1) if as_json else report_text(reports))
+    ctx.exit(1 if any(report.differences for report in reports) else 0)
+
+
+def _campaign(image: KernelImage, function: str, cases: int, seed: int, variant: Variant | None) -> Campaign:
+    from emu.checks import registry
+    from emu.checks.campaign import run_all
+
+    known = registry.names(image)
+    if function != "all" and function not in known:
+        raise CommandError(f"check {function}: {image.name} has {', '.join(known)}, and all of them is `all`")
+    names = known if function == "all" else [function]
+    with _Progress() as progress:
+        return run_all(image, names, cases, seed, variant=variant, progress=progress)
+
+
+class _Progress:
+    """One line on a terminal's stderr that says what is running."""
+
+    def __enter__(self) -> _Progress:
+        self._shown = click.get_text_stream("stderr").isatty()
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self._shown:
+            click.echo(f"\r\x1b[K{text}", err=True, nl=False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _save(campaign: Campaign, folder: Path) -> list[Path]:
+    """Writes the failing cases, each to a file of its own."""
+    from emu.checks.stored import dump
+
+    saved = []
+    for report in campaign.reports:
+        for i, failure in enumerate(report.failures):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{report.function}-{campaign.release}-{campaign.seed}-{i}.json".replace("/", "_")
+            path.write_text(dump(report.function, failure.flavour, failure.case))
+            saved.append(path)
+    return saved
+
+
+# text
+
+
+def campaign_text(campaign: Campaign) -> str:
+    """The table of functions, what differs, what was not reached, and the coverage of the code."""
+    lines = [f"kernel      {campaign.release}", f"model       {campaign.variant}", f"seed        {campaign.seed}", ""]
+    lines.append(f"{'function':40} {'cases':>7} {'events':>9} {'differ':>7} {'unreached':>9} {'seconds':>8}")
+    lines += [_row(report) for report in campaign.reports]
+    for report in campaign.reports:
+        lines += _details(report)
+    if campaign.coverage:
+        lines += ["", f"{'compiled code':40} {'blocks':>7} {'reached':>9} {'share':>7}"]
+    for cover in campaign.coverage:
+        share = 100 * cover.reached / max(cover.blocks, 1)
+        lines.append(f"{cover.name:40} {cover.blocks:>7} {cover.reached:>9} {share:>6.1f}%")
+        lines += [f"    {block}" for block in cover.unreached]
+    failed = sum(report.failed for report in campaign.reports)
+    missed = sum(len(report.unreached) for report in campaign.reports)
+    cases = sum(report.cases for report in campaign.reports)
+    verdict = f"{failed} of {cases} cases differ, {campaign.events} events compared"
+    return "\n".join([*lines, "", f"verdict     {verdict}" + (f", {missed} rows not reached" if missed else "")])
+
+
+def _row(report: FunctionReport) -> str:
+    return (
+        f"{report.function:40} {report.cases:>7} {report.events:>9} {report.failed:>7} {len(report.unreached):>9}"
+        f" {report.seconds:>8.1f}"
+    )
+
+
+def _details(report: FunctionReport) -> list[str]:
+    lines = [f"{report.function}: not reached: {row}" for row in report.unreached]
+    for failure in report.failures:
+        lines += ["", f"{report.function} ({failure.flavour}): {failure.case}"]
+        lines += [f"    {difference}" for difference in failure.differences]
+    return lines
+
+
+# JSON
+
+
+def campaign_json(campaign: Campaign, function: str) -> dict[str, Any]:
+    """A campaign as `--json` prints it."""
+    return {
+        "schema": "pgtable.check/1",
+        "kernel": campaign.kernel,
+        "release": campaign.release,
+        "model": campaign.variant,
+        "function": function,
+        "seed": campaign.seed,
+        "events": campaign.events,
+        "differences": [
+            difference.as_json()
+            for r in campaign.reports
+            for failure in r.failures
+            for difference in failure.differences
+        ],
+        "functions": [
+            {
+                "function": report.function,
+                "cases": report.cases,
+                "events": report.events,
+                "failed": report.failed,
+                "unreached": report.unreached,
+                "failures": [
+                    {"world": f.flavour, "case": str(f.case), "differences": [d.as_json() for d in f.differences]}
+                    for f in report.failures
+                ],
+            }
+            for report in campaign.reports
+        ],
+        "coverage": [
+            {
+                "function": cover.name,
+                "blocks": cover.blocks,
+                "reached": cover.reached,
+                "unreached": [
+                    {"at": f"{u.part}+{u.offset:#x}", "instruction": u.instruction, "reason": u.reason}
+                    for u in cover.unreached
+                ],
+            }
+            for cover in campaign.coverage
+        ],
+    }
