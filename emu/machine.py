@@ -54,7 +54,8 @@ class CallResult:
     """What a call did. `value` is X0 unsigned.
 
     `changes`: descriptors that differ, from a comparison. `maintenance`: TLBI in order. `events`: with
-    record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30.
+    record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30,
+    () with record="events".
     """
 
     value: int
@@ -348,7 +349,7 @@ class Machine:
             warnings=tuple(self._now.warnings),
             stop=stop,
             events=tuple(self._order.events) if record in ("order", "events") else None,
-            x=tuple(self.cpu.general()),
+            x=() if record == "events" else tuple(self.cpu.general()),
         )
 
     def run(
