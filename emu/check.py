@@ -26,6 +26,7 @@ from pgtable.memory import Mark, difference
 
 if TYPE_CHECKING:
     from emu.machine import CallResult, Machine
+    from emu.machine import Warn as RealWarn
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,14 @@ def observed(result: CallResult) -> Outcome:
     """The outcome of a real call."""
     words = {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in result.changes}
     events: list[Event] = [e for e in (_event(e) for e in result.events or ()) if e is not None]
-    events += [Warn(w.site.partition("+")[0]) for w in result.warnings]
+    events += [observed_warning(w) for w in result.warnings]
     stop = "" if result.stop is None else RUNAWAY if result.stop.kind in ("budget", "timeout", "fault") else "stopped"
     return Outcome(result.signed, words, tuple(events), stop)
+
+
+def observed_warning(warn: RealWarn) -> Warn:
+    """A WARN by the function that has it, without what the compiler put behind its name (.part.0, .isra.0, .cold)."""
+    return Warn(warn.site.partition("+")[0].partition(".")[0])
 
 
 def _event(event: Any) -> Event | None:

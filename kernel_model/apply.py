@@ -1,7 +1,12 @@
 """mm/memory.c apply_to_page_range: tables are made on the way down, a block is refused, every PTE gets the function.
 
-Rules of this file: as in pagewalk.py. The end of the PTE loop is `addr != end`, so an unaligned start in a range that
-crosses a table runs past the table; `Runaway` says so.
+Rules of this file:
+- The end of each loop is `addr != end`, so an unaligned start in a range that crosses a table runs past the table;
+  `Runaway` says so.
+- An entry is tested for none, leaf and bad, in this order; a bad one is warned of and, where tables are made, cleared
+  and replaced. A level that is compiled away is not cleared: what is bad is followed.
+- The function is called with the address as it was given, not rounded.
+Sources: __apply_to_page_range of Debian 6.1.176, 6.12.107, 7.2.13 and 7.3.4.
 """
 
 from __future__ import annotations
@@ -11,12 +16,25 @@ from collections.abc import Callable
 from kernel_model.levels import U64, Fold, Level
 from kernel_model.mm import EINVAL, ENOMEM, Kernel
 from kernel_model.pagewalk import p4d_offset, pmd_offset, pte_offset, pud_offset
+from kernel_model.stores import SET, clear_bad, lazy_mmu_mode_disable, lazy_mmu_mode_enable
 
-Fn = Callable[[int, int], int]  # (pte, addr) -> error
+Fn = Callable[[int, int], int]  # (PA of the PTE, addr) -> error
 
 
-def apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn, *, create: bool = True) -> int:
-    """apply_to_page_range() (create) and apply_to_existing_page_range() on init_mm."""
+def apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None) -> int:
+    """apply_to_page_range(&init_mm, addr, size, fn): every PTE, in tables that are made where there are none.
+
+    `size` is in bytes. Returns 0, -EINVAL, -ENOMEM or what `fn` returned.
+    """
+    return __apply_to_page_range(kernel, addr, size, fn, create=True)
+
+
+def apply_to_existing_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None) -> int:
+    """apply_to_existing_page_range(&init_mm, addr, size, fn): PTEs that are not none; no table is made."""
+    return __apply_to_page_range(kernel, addr, size, fn, create=False)
+
+
+def __apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None, *, create: bool) -> int:
     end = addr + size & U64
     if addr >= end:
         kernel.warn("__apply_to_page_range")
@@ -28,7 +46,7 @@ _BELOW = {"PGD": "P4D", "P4D": "PUD", "PUD": "PMD", "PMD": "PTE"}
 _OFFSET = {"P4D": p4d_offset, "PUD": pud_offset, "PMD": pmd_offset, "PTE": pte_offset}
 
 
-def _range(kernel: Kernel, name: str, entry: int, addr: int, end: int, fn: Fn, create: bool) -> int:
+def _range(kernel: Kernel, name: str, entry: int, addr: int, end: int, fn: Fn | None, create: bool) -> int:
     """apply_to_p4d_range() and its kin: the entries of one table, from `entry` on."""
     level: Level = getattr(kernel.levels, name.lower())
     while True:
@@ -40,7 +58,7 @@ def _range(kernel: Kernel, name: str, entry: int, addr: int, end: int, fn: Fn, c
             return err
 
 
-def _entry(kernel: Kernel, name: str, entry: int, addr: int, next: int, fn: Fn, create: bool) -> int:
+def _entry(kernel: Kernel, name: str, entry: int, addr: int, next: int, fn: Fn | None, create: bool) -> int:
     """One entry: skip a hole, refuse a leaf, clear what is bad, go down."""
     none = _none(kernel, name, entry)
     if none and not create:
@@ -52,9 +70,9 @@ def _entry(kernel: Kernel, name: str, entry: int, addr: int, next: int, fn: Fn, 
         kernel.warn("__apply_to_page_range")
         if not create:
             return 0
-        kernel.write(entry, 0)
+        clear_bad(kernel, name, entry)
     below = _BELOW[name]
-    if create and not _make_table(kernel, below, entry):
+    if create and not _make_table(kernel, name, entry):
         return -ENOMEM
     first = _OFFSET[below](kernel, entry, addr)
     if below == "PTE":
@@ -62,8 +80,15 @@ def _entry(kernel: Kernel, name: str, entry: int, addr: int, next: int, fn: Fn, 
     return _range(kernel, below, first, addr, next, fn, create)
 
 
-def _ptes(kernel: Kernel, pte: int, addr: int, end: int, fn: Fn, create: bool) -> int:
-    """apply_to_pte_range()."""
+def _ptes(kernel: Kernel, pte: int, addr: int, end: int, fn: Fn | None, create: bool) -> int:
+    """apply_to_pte_range(), in one lazy section."""
+    lazy_mmu_mode_enable(kernel)
+    err = _each_pte(kernel, pte, addr, end, fn, create) if fn else 0
+    lazy_mmu_mode_disable(kernel)
+    return err
+
+
+def _each_pte(kernel: Kernel, pte: int, addr: int, end: int, fn: Fn, create: bool) -> int:
     page = kernel.levels.page_size
     while True:
         kernel.step("apply_to_pte_range")
@@ -92,15 +117,13 @@ def _bad(kernel: Kernel, name: str, entry: int) -> bool:
     return kernel.levels.top_is_none_tested(name) and kernel.bits.upper_bad(value)
 
 
-def _make_table(kernel: Kernel, below: str, entry: int) -> bool:
-    """pXd_alloc_track(): a table for a none entry; False when there is no page for it."""
-    level: Level = getattr(kernel.levels, below.lower())
-    if level.fold is not Fold.NO or kernel.read(entry) != 0:
+def _make_table(kernel: Kernel, name: str, entry: int) -> bool:
+    """pXd_alloc_track() below a none entry of level `name`; False when there is no page for a table."""
+    below: Level = getattr(kernel.levels, _BELOW[name].lower())
+    if below.fold is not Fold.NO or kernel.read(entry) != 0:
         return True
     page = kernel.allocate()
     if page is None:
         return False
-    kernel.write(entry, kernel.bits.table.pack(kernel.table_flags, VALID=1, TYPE=1, TA=page))
-    # set_pud() and set_pmd() order a valid entry for the walker at once (arch/arm64/include/asm/pgtable.h).
-    kernel.barrier("dsb ishst", "isb")
+    SET[name](kernel, entry, kernel.bits.table.pack(kernel.table_flags, VALID=1, TYPE=1, TA=page))
     return True

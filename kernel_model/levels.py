@@ -88,6 +88,19 @@ class Levels:
         """PAGE_SIZE."""
         return 1 << self.page_shift
 
+    @property
+    def contiguous(self) -> dict[str, int]:
+        """CONT_PTE_SIZE and CONT_PMD_SIZE in bytes, by level (arch/arm64/Kconfig's shifts)."""
+        pte, pmd = {12: (4, 4), 14: (7, 5), 16: (5, 5)}[self.page_shift]
+        return {"PTE": self.pte.size << pte, "PMD": self.pmd.size << pmd}
+
+    @property
+    def va_bits_min(self) -> int:
+        """VA_BITS_MIN: what a build for 52 bits falls back to."""
+        if self.config_va_bits <= 48:
+            return self.config_va_bits
+        return 47 if self.page_shift == 14 else 48
+
     def real_depth(self, depth: int) -> int:
         """The depth that a hole is reported with: compile-time folds only (mm/pagewalk.c real_depth)."""
         for at, level in ((3, self.pmd), (2, self.pud), (1, self.p4d)):

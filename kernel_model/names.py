@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kernel_model.variants import Variant
-from pgtable.bits import Layout
+from pgtable.bits import Field, Layout, Span
 from pgtable.descriptors import LAST_LEVEL, Format
+
+MIGRATION_TYPES = range(28, 31)  # SWP_MIGRATION_READ, _READ_EXCLUSIVE, _WRITE as Debian configures 6.12
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,40 @@ class Bits:
         return self.leaf["Contiguous"].mask
 
     @cached_property
+    def AF(self) -> int:
+        """PTE_AF."""
+        return self.leaf["AF"].mask
+
+    @cached_property
+    def DIRTY(self) -> int:
+        """PTE_DIRTY, the lowest bit for software."""
+        return self.leaf["IGNORED_58_55"].put(0, 1)
+
+    @cached_property
+    def SPECIAL(self) -> int:
+        """PTE_SPECIAL, the bit above PTE_DIRTY."""
+        return self.leaf["IGNORED_58_55"].put(0, 2)
+
+    @cached_property
+    def GP(self) -> int:
+        """PTE_GP."""
+        return self.leaf["GP"].mask
+
+    @cached_property
+    def SHARED(self) -> int:
+        """PTE_SHARED: a constant of the build, also where TCR_EL1.DS makes address bits of these."""
+        return self.leaf["SH"].mask if "SH" in self.leaf else self.leaf["OA"].spans[-1].mask
+
+    @cached_property
+    def ATTRINDX_MASK(self) -> int:
+        """PTE_ATTRINDX_MASK."""
+        return self.leaf["AttrIndx"].mask
+
+    def ATTRINDX(self, index: int) -> int:
+        """PTE_ATTRINDX()."""
+        return self.leaf["AttrIndx"].put(0, index)
+
+    @cached_property
     def PRESENT_VALID_KERNEL(self) -> int:
         """PTE_PRESENT_VALID_KERNEL: what a valid kernel mapping has."""
         return self.VALID | (self.NG if self.ng_mappings else 0)
@@ -117,6 +153,73 @@ class Bits:
     def pud_leaf(self, val: int) -> bool:
         """pud_leaf(): pud_present() is pte_present()."""
         return self.pte_present(val) and not self.pxd_table(val)
+
+    def pxd_huge(self, val: int) -> bool:
+        """pmd_huge() and pud_huge() of 6.1, which ask for no table bit; pmd_leaf() and pud_leaf() later."""
+        if self.variant.prot_none_58:
+            return val != 0 and not val & self.TYPE
+        return self.pud_leaf(val)
+
+    def pxd_sect(self, val: int) -> bool:
+        """pmd_sect(), pud_sect() of 6.x: a valid block."""
+        return val & (self.VALID | self.TYPE) == self.VALID
+
+    def _address(self, layout: Layout, name: str) -> Field:
+        """PTE_ADDR_LOW: the format's address, and bits 49:48 in a build for 52 bits whatever TCR_EL1.DS says."""
+        field = layout[name]
+        if not self.variant.addr_high or "RES0_49_48" not in layout:
+            return field
+        top = field.value_mask.bit_length()
+        more = tuple(Span(span.lo, span.width, top + span.at) for span in layout["RES0_49_48"].spans)
+        return Field(name, field.spans + more)
+
+    @cached_property
+    def _leaf_address(self) -> Field:
+        return self._address(self.leaf, "OA")
+
+    @cached_property
+    def _table_address(self) -> Field:
+        return self._address(self.table, "TA")
+
+    def pte_to_phys(self, val: int) -> int:
+        """__pte_to_phys()."""
+        return self._leaf_address.get(val)
+
+    def phys_to_pte(self, phys: int) -> int:
+        """__phys_to_pte_val(): the address bits of an entry for `phys`."""
+        return self._leaf_address.put(0, phys & self._leaf_address.value_mask)
+
+    def pgprot(self, val: int, size: int) -> int:
+        """pte_pgprot(), pmd_pgprot(), pud_pgprot(): all but the address of an entry that covers `size` bytes."""
+        return val ^ self.phys_to_pte(self.pte_to_phys(val) & -size)
+
+    def mkinvalid(self, val: int) -> int:
+        """pte_mkinvalid(), pmd_mkinvalid()."""
+        return val & ~self.VALID | self.NG
+
+    def pmd_trans_huge(self, val: int) -> bool:
+        """pmd_trans_huge(): 6.1 asks for a word without the table bit, later kernels for what would be no table."""
+        if self.variant.prot_none_58:
+            return self.pmd_present(val) and not val & self.TYPE
+        return self.pmd_present(val) and not self.pxd_table(val | self.VALID)
+
+    def devmap(self, val: int) -> bool:
+        """pmd_devmap()."""
+        return self.variant.devmap and bool(val & self.leaf["IGNORED_58_55"].put(0, 4))
+
+    def is_migration_entry(self, val: int) -> bool:
+        """is_pmd_migration_entry() of 6.12, for a word that is not present: __swp_type() is one of the three kinds."""
+        field = self.leaf["AP"].mask | self.SHARED | self.AF
+        return (val & field) // (field & -field) in MIGRATION_TYPES
+
+    def swp_offset_phys(self, val: int, page_size: int) -> int:
+        """PA of the page that a migration entry names: swp_offset_pfn(), the bits above nG within the PA size."""
+        pages = 1 << self.leaf["OA"].value_mask.bit_length()
+        return val // (self.NG << 1) * page_size % pages
+
+    def table_address(self, val: int) -> int:
+        """__pmd_to_phys() and its kin: PA of the table."""
+        return self._table_address.get(val)
 
     def upper_bad(self, val: int) -> bool:
         """pgd_bad(), p4d_bad()."""

@@ -1,10 +1,12 @@
-"""mm/pagewalk.c for kernel ranges (no_vma): the walk, function for function, under the kernel's names.
+"""mm/pagewalk.c below the entry points: the descent, function for function, under the kernel's names.
 
 Rules of this file:
 - A callback gets what the kernel's gets (entry pointer, addr, next, walk; addr, next, depth, walk for pte_hole) and
   returns an int: 0 goes on, anything else ends the walk and is returned.
 - Entries are read again for every test, as in C, so that a callback that rewrites one is seen at once.
 - Addresses are 64-bit and wrap; the loops end on equality, as in C. `Kernel.step` ends one that would not.
+- Page-table locks of user tables are not modelled: one CPU runs here.
+The entry points and their checks are in walkers.py, what user tables add (huge pages, hugetlb) in huge.py.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from kernel_model.levels import U64, Fold
-from kernel_model.mm import EINVAL, Kernel
+from kernel_model import huge
+from kernel_model.levels import U64, Fold, Level
+from kernel_model.mm import EINVAL, ENOMEM, Kernel, Mm, Vma
+from kernel_model.stores import clear_bad, set_pte
+from kernel_model.stores import set_pgd
 
 
 class Action(IntEnum):
@@ -39,54 +44,49 @@ class MmWalkOps:
     pmd_entry: Entry | None = None
     pte_entry: Entry | None = None
     pte_hole: Entry | None = None  # (addr, next, depth, walk)
+    hugetlb_entry: Callable[[int, int, int, int, MmWalk], int] | None = None  # (pte, hmask, addr, next, walk)
+    test_walk: Callable[[int, int, MmWalk], int] | None = None  # (addr, next, walk)
+    pre_vma: Callable[[int, int, MmWalk], int] | None = None  # (start, end, walk)
+    post_vma: Callable[[MmWalk], None] | None = None
     install_pte: Callable[[int, int, MmWalk], tuple[int, int]] | None = None  # (addr, next, walk) -> (error, pte)
+    walk_lock: int = 0
 
 
 @dataclass
 class MmWalk:
-    """struct mm_walk of a walk without a vma."""
+    """struct mm_walk. `pgd`: a private root, by PA. `mm`: None for init_mm."""
 
     kernel: Kernel
     ops: MmWalkOps
-    pgd: int | None = None  # a private root, by PA
+    pgd: int | None = None
     private: Any = None
     action: Action = Action.SUBTREE
+    vma: Vma | None = None
+    no_vma: bool = True
+    mm: Mm | None = None
+
+    @property
+    def space(self) -> Mm:
+        """walk->mm."""
+        return self.mm or self.kernel.init_mm
 
 
-def walk_kernel_page_table_range_lockless(
-    kernel: Kernel, start: int, end: int, ops: MmWalkOps, pgd: int | None = None, private: Any = None
-) -> int:
-    """The walk that 7.x's pageattr makes: no lock is looked at. Returns 0, -EINVAL or what a callback returned."""
-    if start >= end or ops.install_pte:
-        return -EINVAL
-    return walk_pgd_range(start, end, MmWalk(kernel, ops, pgd, private))
-
-
-def walk_page_range_novma(
-    kernel: Kernel, start: int, end: int, ops: MmWalkOps, pgd: int | None = None, private: Any = None
-) -> int:
-    """6.1's walk of a kernel range; its lock assertion is compiled out of Debian's kernels."""
-    if start >= end:
-        return -EINVAL
-    return walk_pgd_range(start, end, MmWalk(kernel, ops, pgd, private))
+def vma_of(walk: MmWalk) -> Vma | None:
+    """walk->vma. The thread's review wanted each place that looks at it to assert that the walk is not NOLOCK."""
+    kernel = walk.kernel
+    if walk.vma and kernel.lockdep and kernel.locks.no_vma_asserts and kernel.locks.is_nolock(walk.ops.walk_lock):
+        kernel.warn("walk_vma_nolock")
+    return walk.vma
 
 
 def walk_pgd_range(addr: int, end: int, walk: MmWalk) -> int:
     """walk_pgd_range()."""
-    kernel, ops = walk.kernel, walk.ops
-    level = kernel.levels.pgd
-    pgd = (kernel.pgd if walk.pgd is None else walk.pgd) + 8 * level.index(addr)
+    level = walk.kernel.levels.pgd
+    pgd = (walk.space.pgd if walk.pgd is None else walk.pgd) + 8 * level.index(addr)
     while True:
-        kernel.step("walk_pgd_range")
+        walk.kernel.step("walk_pgd_range")
         next = level.addr_end(addr, end)
-        err = 0
-        if none_or_clear_bad(kernel, "PGD", pgd):
-            err = _hole(walk, addr, next, 0)
-        else:
-            if ops.pgd_entry:
-                err = ops.pgd_entry(pgd, addr, next, walk)
-            if not err and (ops.p4d_entry or ops.pud_entry or ops.pmd_entry or ops.pte_entry):
-                err = walk_p4d_range(pgd, addr, next, walk)
+        err = _upper(walk, "PGD", pgd, addr, next)
         pgd, addr = pgd + 8, next
         if err or addr == end:
             return err
@@ -94,59 +94,91 @@ def walk_pgd_range(addr: int, end: int, walk: MmWalk) -> int:
 
 def walk_p4d_range(pgd: int, addr: int, end: int, walk: MmWalk) -> int:
     """walk_p4d_range()."""
-    kernel, ops = walk.kernel, walk.ops
-    level, depth = kernel.levels.p4d, kernel.levels.real_depth(1)
-    p4d = p4d_offset(kernel, pgd, addr)
+    level = walk.kernel.levels.p4d
+    p4d = p4d_offset(walk.kernel, pgd, addr)
     while True:
-        kernel.step("walk_p4d_range")
+        walk.kernel.step("walk_p4d_range")
         next = level.addr_end(addr, end)
-        err = 0
-        if none_or_clear_bad(kernel, "P4D", p4d):
-            err = _hole(walk, addr, next, depth)
-        else:
-            if ops.p4d_entry:
-                err = ops.p4d_entry(p4d, addr, next, walk)
-            if not err and (ops.pud_entry or ops.pmd_entry or ops.pte_entry):
-                err = walk_pud_range(p4d, addr, next, walk)
+        err = _upper(walk, "P4D", p4d, addr, next)
         p4d, addr = p4d + 8, next
         if err or addr == end:
             return err
 
 
+def _upper(walk: MmWalk, name: str, entry: int, addr: int, next: int) -> int:
+    """One entry of the pgd or p4d loop; the action is not looked at here."""
+    kernel, ops = walk.kernel, walk.ops
+    if none_or_clear_bad(kernel, name, entry):
+        depth = 0 if name == "PGD" else kernel.levels.real_depth(1)
+        err = make_table(walk, "P4D" if name == "PGD" else "PUD", entry) or _hole(walk, addr, next, depth)
+        if err or not ops.install_pte:
+            return err
+    callback = ops.pgd_entry if name == "PGD" else ops.p4d_entry
+    err = callback(entry, addr, next, walk) if callback else 0
+    below = ops.pud_entry or ops.pmd_entry or ops.pte_entry or ops.install_pte
+    if err or not (below or (name == "PGD" and ops.p4d_entry)):
+        return err
+    return (walk_p4d_range if name == "PGD" else walk_pud_range)(entry, addr, next, walk)
+
+
 def walk_pud_range(p4d: int, addr: int, end: int, walk: MmWalk) -> int:
     """walk_pud_range()."""
-    kernel = walk.kernel
-    level, depth = kernel.levels.pud, kernel.levels.real_depth(2)
-    pud = pud_offset(kernel, p4d, addr)
+    pud = pud_offset(walk.kernel, p4d, addr)
     while True:
-        next = level.addr_end(addr, end)
-        err = _pud(pud, addr, next, depth, walk)
+        next = walk.kernel.levels.pud.addr_end(addr, end)
+        err = _pud(pud, addr, next, walk)
         pud, addr = pud + 8, next
         if err or addr == end:
             return err
 
 
-def _pud(pud: int, addr: int, next: int, depth: int, walk: MmWalk) -> int:
+def _pud(pud: int, addr: int, next: int, walk: MmWalk) -> int:
     """One entry of walk_pud_range's loop, as often as AGAIN asks for it."""
-    kernel, ops, bits = walk.kernel, walk.ops, walk.kernel.bits
-    while True:
+    kernel, bits = walk.kernel, walk.kernel.bits
+    again = True
+    while again:
         kernel.step("walk_pud_range")
-        if kernel.variant.reset_before_none:
-            walk.action = Action.SUBTREE
-        if kernel.read(pud) == 0:
-            return _hole(walk, addr, next, depth)
-        walk.action = Action.SUBTREE
-        err = ops.pud_entry(pud, addr, next, walk) if ops.pud_entry else 0
-        if err:
-            return err
-        if _action(walk) is Action.AGAIN:
+        err, below = _tested(walk, "PUD", pud, addr, next)
+        if err or below is not Action.SUBTREE:
+            again = not err and below is Action.AGAIN
             continue
-        leaf = bits.pud_leaf(kernel.read(pud)) or not bits.pte_present(kernel.read(pud))
-        if leaf or walk.action is Action.CONTINUE or not (ops.pmd_entry or ops.pte_entry):
+        if vma_of(walk):
+            if not kernel.variant.pmd_rechecks_pud and kernel.read(pud) == 0:
+                continue
+        elif bits.pud_leaf(kernel.read(pud)) or not bits.pte_present(kernel.read(pud)):
             return 0
         err = walk_pmd_range(pud, addr, next, walk)
-        if err or not (kernel.variant.pmd_rechecks_pud and _action(walk) is Action.AGAIN):
-            return err
+        again = not err and kernel.variant.pmd_rechecks_pud and _action(walk) is Action.AGAIN
+    return err
+
+
+def _tested(walk: MmWalk, name: str, entry: int, addr: int, next: int) -> tuple[int, Action]:
+    """What the pud and pmd loops do before they go down: the hole or the callback, and what comes of the entry."""
+    kernel, ops = walk.kernel, walk.ops
+    if kernel.variant.reset_before_none:
+        walk.action = Action.SUBTREE
+    if kernel.read(entry) == 0:
+        err = _none(walk, name, entry, addr, next)
+        if err or not ops.install_pte:
+            return err, Action.CONTINUE
+    if not kernel.variant.reset_before_none:
+        walk.action = Action.SUBTREE
+    callback = ops.pud_entry if name == "PUD" else ops.pmd_entry
+    err = callback(entry, addr, next, walk) if callback else 0
+    if err or _action(walk) is not Action.SUBTREE:
+        return err, walk.action
+    handler = ops.pte_entry or (name == "PUD" and ops.pmd_entry)
+    is_huge = name == "PMD" and kernel.bits.pmd_trans_huge(kernel.read(entry))
+    if not handler and (not ops.install_pte or is_huge):
+        return 0, Action.CONTINUE
+    return 0, Action.SUBTREE
+
+
+def _none(walk: MmWalk, name: str, entry: int, addr: int, next: int) -> int:
+    """An empty pud or pmd entry: a table is put there for install_pte, else it is a hole."""
+    depth = walk.kernel.levels.real_depth(2 if name == "PUD" else 3)
+    below = "PMD" if name == "PUD" else "PTE"
+    return make_table(walk, below, entry) if walk.ops.install_pte else _hole(walk, addr, next, depth)
 
 
 def walk_pmd_range(pud: int, addr: int, end: int, walk: MmWalk) -> int:
@@ -157,63 +189,138 @@ def walk_pmd_range(pud: int, addr: int, end: int, walk: MmWalk) -> int:
         if not bits.pte_present(value) or bits.pud_leaf(value):
             walk.action = Action.AGAIN
             return 0
-    level, depth = kernel.levels.pmd, kernel.levels.real_depth(3)
     pmd = pmd_offset(kernel, pud, addr)
     while True:
-        next = level.addr_end(addr, end)
-        err = _pmd(pmd, addr, next, depth, walk)
+        next = kernel.levels.pmd.addr_end(addr, end)
+        err = _pmd(pmd, addr, next, walk)
         pmd, addr = pmd + 8, next
         if err or addr == end:
             return err
 
 
-def _pmd(pmd: int, addr: int, next: int, depth: int, walk: MmWalk) -> int:
+def _pmd(pmd: int, addr: int, next: int, walk: MmWalk) -> int:
     """One entry of walk_pmd_range's loop, as often as AGAIN asks for it."""
-    kernel, ops, bits = walk.kernel, walk.ops, walk.kernel.bits
-    while True:
+    kernel, bits = walk.kernel, walk.kernel.bits
+    again = True
+    while again:
         kernel.step("walk_pmd_range")
-        if kernel.variant.reset_before_none:
-            walk.action = Action.SUBTREE
-        if kernel.read(pmd) == 0:
-            return _hole(walk, addr, next, depth)
-        walk.action = Action.SUBTREE
-        err = ops.pmd_entry(pmd, addr, next, walk) if ops.pmd_entry else 0
-        if err:
-            return err
-        if _action(walk) is Action.AGAIN:
+        err, below = _tested(walk, "PMD", pmd, addr, next)
+        if err or below is not Action.SUBTREE:
+            again = not err and below is Action.AGAIN
             continue
-        leaf = bits.pmd_leaf(kernel.read(pmd)) or not bits.pmd_present(kernel.read(pmd))
-        if leaf or walk.action is Action.CONTINUE or not ops.pte_entry:
+        if vma_of(walk):
+            huge.split_huge_pmd(kernel, pmd, addr)
+            if not kernel.variant.again_after_pte and huge.pmd_trans_unstable(kernel, pmd):
+                continue
+        elif bits.pmd_leaf(kernel.read(pmd)) or not bits.pmd_present(kernel.read(pmd)):
             return 0
         err = walk_pte_range(pmd, addr, next, walk)
-        if err or not (kernel.variant.again_after_pte and _action(walk) is Action.AGAIN):
-            return err
+        again = not err and kernel.variant.again_after_pte and _action(walk) is Action.AGAIN
+    return err
 
 
 def walk_pte_range(pmd: int, addr: int, end: int, walk: MmWalk) -> int:
-    """walk_pte_range() of a kernel range: pte_offset_kernel, no lock."""
-    return walk_pte_range_inner(pte_offset(walk.kernel, pmd, addr), addr, end, walk)
+    """walk_pte_range(): a PTE table that went away meanwhile makes the pmd loop look again."""
+    kernel = walk.kernel
+    of_kernel = walk.no_vma and (walk.space is kernel.init_mm or addr >= kernel.task_size)
+    if not of_kernel and kernel.variant.again_after_pte and not huge.pte_offset_map(kernel, pmd):
+        walk.action = Action.AGAIN
+        return 0
+    return walk_pte_range_inner(pte_offset(kernel, pmd, addr), addr, end, walk)
 
 
 def walk_pte_range_inner(pte: int, addr: int, end: int, walk: MmWalk) -> int:
     """walk_pte_range_inner(): the last page is the one with addr >= end - PAGE_SIZE, unsigned."""
-    kernel, ops, page = walk.kernel, walk.ops, walk.kernel.levels.page_size
-    assert ops.pte_entry
+    kernel, page = walk.kernel, walk.kernel.levels.page_size
     while True:
         kernel.step("walk_pte_range")
-        err = ops.pte_entry(pte, addr, addr + page & U64, walk)
+        err = _pte(pte, addr, addr + page & U64, walk)
         if err or addr >= (end - page & U64):
             return err
         addr, pte = addr + page, pte + 8
 
 
+def _pte(pte: int, addr: int, next: int, walk: MmWalk) -> int:
+    """One PTE: install_pte for an empty one where it is set, else pte_entry."""
+    ops, kernel = walk.ops, walk.kernel
+    if ops.install_pte and kernel.read(pte) == 0:
+        err, new = ops.install_pte(addr, next, walk)
+        if err:
+            return err
+        huge.set_pte_at(kernel, addr, pte, new)
+        if walk.no_vma:
+            kernel.warn("walk_pte_range_inner")
+        return 0
+    if ops.pte_entry is None:
+        raise huge.NullCall("walk_pte_range_inner calls pte_entry, which is not set")
+    return ops.pte_entry(pte, addr, next, walk)
+
+
 def _hole(walk: MmWalk, addr: int, next: int, depth: int) -> int:
-    return walk.ops.pte_hole(addr, next, depth, walk) if walk.ops.pte_hole else 0
+    return walk.ops.pte_hole(addr, next, depth, walk) if walk.ops.pte_hole and not walk.ops.install_pte else 0
 
 
 def _action(walk: MmWalk) -> Action:
     """The action as a callback left it."""
     return walk.action
+
+
+def make_table(walk: MmWalk, below: str, entry: int) -> int:
+    """__p4d_alloc(), __pud_alloc(), __pmd_alloc(), __pte_alloc() for install_pte: 0 or -ENOMEM."""
+    kernel = walk.kernel
+    level: Level = getattr(kernel.levels, below.lower())
+    if not walk.ops.install_pte or level.fold is not Fold.NO:
+        return 0
+    return 0 if kernel.new_table(entry, kernel.table_flags) else -ENOMEM
+
+
+def walk_hugetlb_range(addr: int, end: int, walk: MmWalk) -> int:
+    """walk_hugetlb_range(): one call for each huge page; the address is passed on as it is."""
+    kernel, ops, vma = walk.kernel, walk.ops, walk.vma
+    assert vma
+    assert ops.hugetlb_entry
+    hmask = -vma.huge_size & U64
+    while True:
+        kernel.step("walk_hugetlb_range")
+        next = min((addr & hmask) + vma.huge_size, end)
+        pte = huge.huge_pte_offset(kernel, walk.space, addr & hmask, vma.huge_size)
+        if pte is not None:
+            err = ops.hugetlb_entry(pte, hmask, addr, next, walk)
+        else:
+            err = ops.pte_hole(addr, next, -1, walk) if ops.pte_hole else 0
+        addr = next
+        if err or addr == end:
+            return err
+
+
+def walk_page_test(start: int, end: int, walk: MmWalk) -> int:
+    """walk_page_test(): 0 walk, positive skip, negative error. test_walk decides alone if there is one."""
+    ops, vma = walk.ops, vma_of(walk)
+    assert vma
+    if ops.test_walk:
+        return ops.test_walk(start, end, walk)
+    if vma.pfnmap:
+        err = ops.pte_hole(start, end, -1, walk) if ops.pte_hole else 1
+        return err or 1
+    return 0
+
+
+def __walk_page_range(start: int, end: int, walk: MmWalk) -> int:
+    """__walk_page_range(): one vma. post_vma is called whatever the walk returned, unless pre_vma refused."""
+    ops, vma = walk.ops, vma_of(walk)
+    if vma and vma.huge_size and ops.install_pte:
+        return -EINVAL
+    if vma and ops.pre_vma:
+        err = ops.pre_vma(start, end, walk)
+        if err:
+            return err
+    if vma and vma.huge_size:
+        err = walk_hugetlb_range(start, end, walk) if ops.hugetlb_entry else 0
+    else:
+        err = walk_pgd_range(start, end, walk)
+    if vma and ops.post_vma:
+        ops.post_vma(walk)
+    return err
 
 
 def none_or_clear_bad(kernel: Kernel, name: str, entry: int) -> bool:
@@ -226,9 +333,7 @@ def none_or_clear_bad(kernel: Kernel, name: str, entry: int) -> bool:
         return True
     if not kernel.bits.upper_bad(value):
         return False
-    level = levels.pgd if name == "PGD" else levels.p4d
-    if level.fold is not Fold.COMPILE:
-        kernel.write(entry, 0)
+    clear_bad(kernel, name, entry)
     return True
 
 
@@ -252,10 +357,9 @@ def pte_offset(kernel: Kernel, pmd: int, addr: int) -> int:
     return _offset(kernel, kernel.levels.pte, pmd, addr)
 
 
-def _offset(kernel: Kernel, level: Any, entry: int, addr: int) -> int:
+def _offset(kernel: Kernel, level: Level, entry: int, addr: int) -> int:
     if level.fold is Fold.COMPILE:
         return entry
     if level.fold is Fold.RUN:
-        return (entry & -kernel.levels.page_size) + 8 * level.index(addr)  # type: ignore[no-any-return]
-    table = kernel.bits.table["TA"].get(kernel.read(entry))
-    return table + 8 * level.index(addr)  # type: ignore[no-any-return]
+        return (entry & -kernel.levels.page_size) + 8 * level.index(addr)
+    return kernel.bits.table_address(kernel.read(entry)) + 8 * level.index(addr)

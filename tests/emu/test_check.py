@@ -18,6 +18,7 @@ from kernel_model import apply, mm, pageattr
 from kernel_model.compare import RUNAWAY
 from kernel_model.mm import Kernel
 from kernel_model.pageattr import Masks
+from kernel_model.pagewalk import MmWalk
 from kernel_model.variants import UnknownVariant, by_name, detect
 from tests.kernels import KERNELS, kernel_image
 
@@ -123,8 +124,10 @@ def _set_before_clear(value: int, masks: Masks) -> int:
     return (value | masks.set) & ~masks.clear
 
 
-def _barrier_per_pte(kernel: Kernel, pte: int, masks: Masks, pending: Any) -> int:
-    return pageattr.change_page_range(kernel, pte, masks)
+def _barrier_per_pte(pte: int, addr: int, next: int, walk: MmWalk) -> int:
+    pageattr.change_page_range(walk.kernel, pte, walk.private)
+    walk.kernel.barrier("dsb ishst", "isb")
+    return 0
 
 
 def _no_barrier(kernel: Kernel, pte: int, value: int) -> None:
@@ -141,7 +144,7 @@ def _flush_late_barrier(kernel: Kernel, start: int, end: int) -> None:
     kernel.events[before:-1] = reversed(kernel.events[before:-1])
 
 
-def _blocks_are_walked_over(kernel: Kernel, entry: int, *rest: Any) -> int:
+def _blocks_are_walked_over(entry: int, addr: int, next: int, walk: MmWalk) -> int:
     return 0
 
 
@@ -179,20 +182,24 @@ BROKEN: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
         "513 pages, invalid",
     ),
     "flush rounds": (_flip("flush_rounds"), "debian:7.3", "unaligned inside a table, invalid"),
-    "one barrier for all": (_set("kernel_model.pageattr._page", _barrier_per_pte), "debian:7.3", "four pages, valid"),
-    "a barrier per PTE": (_set("kernel_model.pageattr._set", _no_barrier), "debian:6.1", "four pages, valid"),
+    "one barrier for all": (
+        _set("kernel_model.pageattr.pageattr_pte_entry", _barrier_per_pte),
+        "debian:7.3",
+        "four pages, valid",
+    ),
+    "a barrier per PTE": (_set("kernel_model.pageattr.set_pte", _no_barrier), "debian:6.1", "four pages, valid"),
     "barriers around the TLBI": (
         _set("kernel_model.pageattr.flush_tlb_kernel_range", _flush_late_barrier),
         "debian:6.1",
         "four pages, invalid",
     ),
     "whole blocks change": (
-        _set("kernel_model.pageattr._block", _blocks_are_walked_over),
+        _set("kernel_model.pageattr.pageattr_pmd_entry", _blocks_are_walked_over),
         "debian:7.3",
         "a whole block, invalid",
     ),
     "part of a block is refused": (
-        _set("kernel_model.pageattr._block", _blocks_are_walked_over),
+        _set("kernel_model.pageattr.pageattr_pmd_entry", _blocks_are_walked_over),
         "debian:7.3",
         "part of a block, invalid",
     ),

@@ -17,9 +17,12 @@ from kernel_model.pagewalk import (
     Action,
     MmWalk,
     MmWalkOps,
+    walk_pgd_range,
+)
+from kernel_model.walkers import (
+    walk_kernel_page_table_range,
     walk_kernel_page_table_range_lockless,
     walk_page_range_novma,
-    walk_pgd_range,
 )
 from kernel_model.variants import by_name
 from pgtable import Format, Granule, PhysicalMemory
@@ -94,9 +97,12 @@ class Walker:
     def __call__(self, start: int, end: int, *kinds: str) -> int:
         """Walks [V + start, V + end); returns what the walk does."""
         self.events.clear()
-        entry = walk_kernel_page_table_range_lockless if self.name == "7.x" else walk_page_range_novma
         mask = (1 << 64) - 1
-        return entry(self.kernel, self.v + start & mask, self.v + end & mask, self.ops(kinds or KINDS))
+        span = self.v + start & mask, self.v + end & mask
+        self.kernel.init_mm.mmap_lock.count = 1
+        if "walk_kernel_page_table_range" in self.kernel.locks.entries:
+            return walk_kernel_page_table_range(self.kernel, *span, self.ops(kinds or KINDS))
+        return walk_page_range_novma(self.kernel, self.kernel.init_mm, *span, self.ops(kinds or KINDS))
 
     def names(self) -> list[str]:
         return [event[0] for event in self.events]
