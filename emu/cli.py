@@ -15,9 +15,12 @@ import click
 # Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
 COMMANDS = {
     "call": ("emu.cli_run:call", "Call a kernel function on cold-booted tables and show what it did."),
-    "check": ("emu.cli_run:check", "Run a kernel function and compare it with the model's prediction."),
+    "callers": ("emu.cli_callers:callers", "Who calls a function of a compiled kernel, and where its address is taken."),
+    "check": ("emu.cli_check:check", "Run kernel functions and compare them with the model's prediction."),
+    "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
+    "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class _Progress:
     """One line on a terminal's stderr that says what is running."""
 
     def __enter__(self) -> _Progress:
-        self._shown = click.get_text_stream("stderr").isatty()
+        self._shown = sys.stderr.isatty()
         return self
 
     def __call__(self, text: str) -> None:

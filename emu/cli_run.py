@@ -1,4 +1,4 @@
-"""`pgtable call` and `pgtable check`: kernel functions on cold-booted tables."""
+"""`pgtable call`: a kernel function on cold-booted tables; and what all commands with --kernel share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ _SYMBOLS = click.option(
     "--symbols", type=click.Path(), help="ELF, System.map or kallsyms text to use in place of the image's symbols."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schema).")
-CHECKABLE = ("set_memory_valid",)
 
 
 @contextmanager
@@ -54,41 +53,6 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
             image.name = source
             return image
         return KernelImage.load(source, symbols=symbols)
-
-
-@click.command()
-@click.argument("function")
-@_KERNEL
-@_SYMBOLS
-@click.option("--pages", default=4, show_default=True, type=click.IntRange(0, 1 << 20), help="Pages to change.")
-@click.option("--enable", type=click.IntRange(0, 1), help="Only this call: 0 invalid, 1 valid. Default: 0, then 1.")
-@click.option("--model", metavar="VARIANT", help="Predict with this row of the model (6.1, 6.12, 7.x).")
-@_JSON
-@click.pass_context
-def check(
-    ctx: click.Context,
-    function: str,
-    source: str,
-    symbols: str | None,
-    pages: int,
-    enable: int | None,
-    model: str | None,
-    as_json: bool,
-) -> None:
-    """Run the kernel's FUNCTION on prepared tables and compare with what the model predicted.
-
-    Exit code 1 if anything differs.
-    """
-    from emu.check import KernelSubject, main_job
-    from kernel_model.variants import by_name
-
-    if function not in CHECKABLE:
-        raise CommandError(f"check {function}: only {', '.join(CHECKABLE)} can be checked")
-    with bad_input():
-        variant = by_name(model) if model else None
-        reports = main_job(KernelSubject(load_image(source, symbols)), pages, enable, variant)
-    click.echo(json.dumps(report_json(reports), indent=1) if as_json else report_text(reports))
-    ctx.exit(1 if any(report.differences for report in reports) else 0)
 
 
 @click.command()

@@ -258,6 +258,14 @@ class Cpu:
 
         return int(self.uc.hook_add(uc_const.UC_HOOK_BLOCK, hook))
 
+    def on_block_in(self, callback: Callable[[int, int], bool], begin: int, end: int) -> int:
+        """`callback(pc, bytes)` at every block that begins in [begin, end]; False stops the run. Returns a handle."""
+
+        def hook(uc: Any, address: int, size: int, _: Any) -> None:
+            self._guarded(lambda: callback(address, size))
+
+        return int(self.uc.hook_add(uc_const.UC_HOOK_BLOCK, hook, None, begin, end))
+
     def on_new_block(self, callback: Callable[[int, int], bool]) -> int:
         """`callback(pc, bytes)` when a block has been translated, before it runs; False stops there."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -84,8 +84,12 @@ def run_function(
     progress: Progress = lambda _: None,
     cover: Sequence[str] = (),
     executed: set[Run] | None = None,
+    stop_at_first: bool = False,
 ) -> FunctionReport:
-    """All prepared cases and `cases` random ones of one function; `executed` collects code of `cover` that ran."""
+    """All prepared cases and `cases` random ones of one function; `executed` collects code of `cover` that ran.
+
+    `stop_at_first`: the first case that differs is enough, and is not shrunk.
+    """
     report = FunctionReport(harness.function)
     start = time.monotonic()
     flavours = worlds.flavours(harness)
@@ -97,10 +101,13 @@ def run_function(
         if coverage:
             coverage.start()
         try:
-            _run_world(report, world, harness, flavour, count, seed, progress)
+            made = cases_of(world, harness, flavour, count, seed)
+            _run_world(report, world, harness, flavour, made, progress, stop_at_first)
         finally:
             if coverage:
                 coverage.stop()
+        if stop_at_first and report.failed:
+            break
     report.seconds = time.monotonic() - start
     return report
 
@@ -114,24 +121,40 @@ def cases_of(world: World, harness: Harness, flavour: str, count: int, seed: int
 
 
 def _run_world(
-    report: FunctionReport, world: World, harness: Harness, flavour: str, count: int, seed: int, progress: Progress
+    report: FunctionReport,
+    world: World,
+    harness: Harness,
+    flavour: str,
+    cases: Iterable[Any],
+    progress: Progress,
+    stop_at_first: bool,
 ) -> None:
     reached: set[str] = set()
-    for i, case in enumerate(cases_of(world, harness, flavour, count, seed)):
+    for i, case in enumerate(cases):
         if i % 50 == 0:
             progress(f"{harness.function} ({flavour}): case {i}")
         checked = harness.run(world, case)
         report.cases += 1
         report.events += len(checked.real.events) + len(checked.real.words) + 1
         reached |= checked.rows
-        found = differences(world, checked)
+        found = tuple(differences(world, checked))
+        if found and stop_at_first:
+            report.failed, report.failures = 1, [Failure(flavour, case, found)]
+            return
         if found:
             report.failed += 1
-            if len(report.failures) < SHOWN:
-                smallest = shrink(world, harness, case)
-                report.failures.append(Failure(flavour, smallest, _of(world, harness, smallest) or tuple(found)))
+            _keep(report, world, harness, flavour, case, found)
     where = "" if flavour == "plain" else f" ({flavour})"
     report.unreached += [row + where for row in sorted(harness.rows(world) - reached)]
+
+
+def _keep(
+    report: FunctionReport, world: World, harness: Harness, flavour: str, case: Any, found: tuple[Difference, ...]
+) -> None:
+    """Shrinks a failing case and keeps it, if there are not enough yet."""
+    if len(report.failures) < SHOWN:
+        smallest = shrink(world, harness, case)
+        report.failures.append(Failure(flavour, smallest, _of(world, harness, smallest) or found))
 
 
 def _of(world: World, harness: Harness, case: Any) -> tuple[Difference, ...]:
@@ -195,7 +218,7 @@ def run_all(
     cover = list(registry.covered(image, scope)) if coverage else []
     for name in names:
         if name in registry.WHOLES:
-            found.reports.append(_whole(image, name, cases, seed, progress))
+            found.reports.append(run_whole(image, name, cases, seed, progress))
         else:
             harness = registry.harness(name)
             report = run_function(worlds, harness, cases, seed, progress=progress, cover=cover, executed=executed)
@@ -205,7 +228,9 @@ def run_all(
     return found
 
 
-def _whole(image: KernelImage, name: str, cases: int, seed: int, progress: Progress) -> FunctionReport:
+def run_whole(
+    image: KernelImage, name: str, cases: int, seed: int, progress: Progress = lambda _: None
+) -> FunctionReport:
     """A check that has its own run(); its differences are sentences."""
     from emu.checks import registry
 

@@ -16,6 +16,7 @@ from emu.checks.trees import Grower, Kind, Tree, random_tree
 from emu.checks.world import Reaction, Script, World, shown
 from emu.machine import CallResult
 from kernel_model import walkers
+from kernel_model.compare import Outcome
 from kernel_model.levels import U64
 from kernel_model.mm import Kernel, Mm, Rwsem
 
@@ -71,9 +72,12 @@ class KernelWalk:
             yield WalkCase(tree, va, va, counts=counts)
             if world.variant.install_pte:
                 yield WalkCase(tree, va, va + page, (*ALL, "install_pte"), counts=counts)
+        low, _ = simple(world, 0)
         for start, end in _corners(va, page):
-            yield WalkCase(tree, start, end)
-            yield WalkCase(tree, start, end, ("pte_entry",), private=True)
+            for each in (tree, low):
+                yield WalkCase(each, start, end)
+                yield WalkCase(each, start, end, ("pte_entry",), private=True)
+        yield WalkCase(_far_table(world, tree, va), va, va + 2 * page)
 
     def _every_row(self, world: World) -> Iterator[WalkCase]:
         """One word of each kind at each level, walked with every reaction of the callback that sees it."""
@@ -114,11 +118,19 @@ class KernelWalk:
     def run(self, world: World, case: WalkCase) -> Checked:
         """On the model, then for real."""
         world.load(case.tree, case.script)
-        kernel = world.kernel()
-        predicted = world.predicted(kernel, lambda: self._model(world, kernel, case))
-        real = world.real(self._real(world, case), keeps=True)
+        predicted = self.predicted(world, case)
+        real = self.real(world, case)
         rows = walk_rows(world, predicted, case.script)
         return Checked(predicted, real, rows)
+
+    def predicted(self, world: World, case: WalkCase) -> Outcome:
+        """What the model says, of the tree that is loaded."""
+        kernel = world.kernel()
+        return world.predicted(kernel, lambda: self._model(world, kernel, case))
+
+    def real(self, world: World, case: WalkCase) -> Outcome:
+        """What the compiled function does, on the tree that is loaded."""
+        return world.real(self._real(world, case), keeps=True)
 
     def _model(self, world: World, kernel: Kernel, case: WalkCase) -> int:
         kernel.init_mm.mmap_lock = Rwsem(case.counts[1])
@@ -166,11 +178,19 @@ class KernelWalk:
         yield replace(case, start=middle)
 
 
-def simple(world: World) -> tuple[Tree, int]:
-    """Eight pages at the start of the image's area, with tables down to them."""
+def _far_table(world: World, tree: Tree, va: int) -> Tree:
+    """The same with bit 48 in its PMD entry: a table out of RAM for a build with 52-bit addresses, in it for others."""
+    pmd = world.levels.pmd
+    table = world.arena[0] + world.space.tables.index(pmd) * world.plan.page_size
+    entry = table + 8 * world.space.index(pmd, va)
+    return tree.with_word(entry, tree.words[entry] | 1 << 48)
+
+
+def simple(world: World, va: int | None = None) -> tuple[Tree, int]:
+    """Eight pages at `va` (the start of the image's area), with tables down to them."""
     rng = random.Random(1)
     grower = Grower(world.space, rng)
-    va = world.image.base + (1 << 28)
+    va = world.image.base + (1 << 28) if va is None else va
     tables = world.space.tables
     table = grower.path(va, depth=len(tables) - 1)
     for i in range(8):
