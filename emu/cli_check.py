@@ -29,6 +29,7 @@ MAIN_JOB = "set_memory_valid"
 @click.option("--pages", default=4, show_default=True, type=click.IntRange(0, 1 << 20), help="Pages of the main job.")
 @click.option("--enable", type=click.IntRange(0, 1), help="The main job's call: 0 invalid, 1 valid. Default: both.")
 @click.option("--model", metavar="VARIANT", help="Predict with this row of the model (6.1, 6.12, 7.x, mail-v1 ...).")
+@click.option("--case", "stored", type=click.Path(dir_okay=False), help="Only this case, saved by an earlier check.")
 @click.option("--save", type=click.Path(file_okay=False), help="Folder for failing cases [pgtable-failures].")
 @_JSON
 @click.pass_context
@@ -42,6 +43,7 @@ def check(
     pages: int,
     enable: int | None,
     model: str | None,
+    stored: str | None,
     save: str | None,
     as_json: bool,
 ) -> None:
@@ -59,8 +61,11 @@ def check(
         if function == MAIN_JOB and cases is None:
             _main_job(ctx, source, symbols, pages, enable, variant, as_json)
         image = load_image(source, symbols)
-        campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant)
-    saved = _save(campaign, Path(save or "pgtable-failures"))
+        if stored:
+            campaign = _one(image, function, Path(stored), variant)
+        else:
+            campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant)
+    saved = [] if stored else _save(campaign, Path(save or "pgtable-failures"))
     click.echo(json.dumps(campaign_json(campaign, function), indent=1) if as_json else campaign_text(campaign))
     for path in saved:
         click.echo(f"failing case saved: {path}", err=True)
@@ -93,6 +98,24 @@ def _campaign(image: KernelImage, function: str, cases: int, seed: int, variant:
     names = known if function == "all" else [function]
     with _Progress() as progress:
         return run_all(image, names, cases, seed, variant=variant, progress=progress)
+
+
+def _one(image: KernelImage, function: str, path: Path, variant: Variant | None) -> Campaign:
+    """A stored case alone: it is not shrunk, and reaches what it reaches."""
+    from emu.checks import registry
+    from emu.checks.campaign import FLAVOURS, Campaign, Worlds, run_stored
+    from emu.checks.stored import StoredError, load
+
+    try:
+        name, flavour, case = load(path.read_text())
+    except (OSError, UnicodeDecodeError, StoredError) as error:
+        raise CommandError(f"case {path}: {error}") from None
+    if function != name or name not in registry.HARNESSES or name not in image.symbols or flavour not in FLAVOURS:
+        raise CommandError(f"case {path}: is of {name} in world {flavour}, not of {function} of {image.name}")
+    worlds = Worlds(image, variant)
+    found = Campaign(image.name, image.release, (variant or worlds[flavour].variant).name, 0)
+    found.reports.append(run_stored(worlds, registry.harness(name), flavour, case))
+    return found
 
 
 class _Progress:

@@ -49,6 +49,7 @@ class FunctionReport:
     failures: list[Failure] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    coverage: list[FunctionCoverage] = field(default_factory=list)  # of what is checked as a whole
 
     @property
     def ok(self) -> bool:
@@ -218,14 +219,27 @@ def run_all(
     cover = list(registry.covered(image, scope)) if coverage else []
     for name in names:
         if name in registry.WHOLES:
-            found.reports.append(run_whole(image, name, cases, seed, progress))
+            report = run_whole(image, name, cases, seed, progress)
+            found.reports.append(report)
+            found.coverage += report.coverage
         else:
             harness = registry.harness(name)
             report = run_function(worlds, harness, cases, seed, progress=progress, cover=cover, executed=executed)
             found.reports.append(report)
     if cover:
-        found.coverage = Coverage(worlds["plain"].machine, cover, executed).report()
+        found.coverage += Coverage(worlds["plain"].machine, cover, executed).report()
     return found
+
+
+def run_stored(worlds: Worlds, harness: Harness, flavour: str, case: Any) -> FunctionReport:
+    """One case as it is."""
+    world = worlds[flavour]
+    checked = harness.run(world, case)
+    report = FunctionReport(harness.function, 1, len(checked.real.events) + len(checked.real.words) + 1)
+    found = tuple(differences(world, checked))
+    if found:
+        report.failed, report.failures = 1, [Failure(flavour, case, found)]
+    return report
 
 
 def run_whole(
@@ -238,6 +252,7 @@ def run_whole(
     start = time.monotonic()
     made = registry.whole(name)(image, cases, seed)
     report = FunctionReport(name, made.cases, made.events, len(made.differences), unreached=list(made.unreached))
+    report.coverage = list(getattr(made, "coverage", []))
     for text in made.differences[:SHOWN]:
         report.failures.append(Failure("plain", text, (Difference(name, "text", "as the model", text),)))
     report.seconds = time.monotonic() - start

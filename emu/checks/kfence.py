@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu.check import KernelSubject, kernel_of
-from emu.checks.coverage import Coverage
+from emu.checks.coverage import Coverage, FunctionCoverage
 from emu.checks.kfence_cases import FREES, Case, Free, Pool, kinds, some, some_frees
 from emu.checks.kfence_real import LINKS, MEMBERS, REGS, Real
 from emu.image import KernelImage
@@ -29,33 +29,35 @@ from kernel_model.mm import Bug, Settings
 
 FUNCTIONS = ("kfence_handle_page_fault", "kfence_guarded_free")
 SHOWN = 20  # differences that are kept
+PREPARED = 150  # cases before those asked for: enough for every kind
 
 
 class Report(NamedTuple):
-    """A finished campaign: cases run, events compared, differences (the first of them), and what no case has
-    reached: kinds of case, and blocks of the compiled functions for which there is no reason."""
+    """A finished campaign: cases run, events compared, differences (the first of them), the kinds of case that none
+    was of, and the coverage of the compiled functions."""
 
     cases: int
     events: int
     differences: list[str]
     unreached: list[str]
+    coverage: list[FunctionCoverage]
 
 
 def run(image: KernelImage, cases: int, seed: int) -> Report:
-    """`cases` faults and frees, one of three a free, and the set-up of a pool.
+    """PREPARED and `cases` faults and frees, one of three a free, and the set-up of a pool.
 
     Raises SymbolError or BtfError for a kernel without KFENCE.
     """
     world = World(image)
     wanted = dict.fromkeys([*kinds(fault=world.has_fault), *FREES])
     with Coverage(world.real.machine, FUNCTIONS) as coverage:
-        for case in world.cases(cases, seed):
+        for case in world.cases(PREPARED + cases, seed):
             world.judge(case)
             wanted.pop(case.kind, None)
     world.init_pool(Random(seed))
     world.arch_init_pool()
-    missed = [str(block) for row in coverage.report() for block in row.unexplained]
-    return Report(cases, world.compared, world.differences[:SHOWN], [*wanted, *missed])
+    found = world.differences[:SHOWN]
+    return Report(PREPARED + cases, world.compared, found, list(wanted), coverage.report())
 
 
 class World:

@@ -28,12 +28,11 @@ EVERY = [*NAMES, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", EVERY)
 def test_real_kfence_does_what_the_model_predicted(name: str) -> None:
-    report = check.run(kernel_image(name), 250, SEED)
-    assert report.differences == []
-    assert (report.cases, report.events > 1500) == (250, True)
+    report = check.run(kernel_image(name), 100, SEED)
+    assert (report.differences, report.unreached) == ([], [])
+    assert (report.cases, report.events > 1500) == (100 + check.PREPARED, True)
     # What is left are tests that the compiler repeats, of which one side cannot happen.
-    assert [text for text in report.unreached if "+" not in text] == []
-    assert len(report.unreached) <= 6
+    assert sum(len(row.unexplained) for row in report.coverage) <= 6
 
 
 @pytest.mark.kernels
@@ -45,8 +44,9 @@ def test_real_kfence_does_what_the_model_predicted_many_times(name: str, seed: i
 
 
 @pytest.mark.kernels
-def test_few_cases_leave_kinds_unreached_and_a_seed_gives_the_same_again() -> None:
+def test_few_cases_leave_kinds_unreached_and_a_seed_gives_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     image = kernel_image("debian:6.12")
+    monkeypatch.setattr(check, "PREPARED", 0)
     report = check.run(image, 3, SEED)
     assert {"first page", "disabled", "no pool"} <= set(report.unreached)
     assert check.run(image, 3, SEED) == report
