@@ -15,7 +15,7 @@ import click
 # Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
 COMMANDS = {
     "call": ("emu.cli_run:call", "Call a kernel function on cold-booted tables and show what it did."),
-    "callers": ("emu.cli_callers:callers", "Who calls a function of a compiled kernel, and where its address is taken."),
+    "callers": ("emu.cli_callers:callers", "Who calls a function of a compiled kernel, and who takes its address."),
     "check": ("emu.cli_check:check", "Run kernel functions and compare them with the model's prediction."),
     "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),

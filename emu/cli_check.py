@@ -159,10 +159,11 @@ def campaign_text(campaign: Campaign) -> str:
     for report in campaign.reports:
         lines += _details(report)
     if campaign.coverage:
-        lines += ["", f"{'compiled code':40} {'blocks':>7} {'reached':>9} {'share':>7}"]
+        lines += ["", f"{'compiled code':40} {'blocks':>7} {'reached':>9} {'share':>7} {'of what can run':>16}"]
     for cover in campaign.coverage:
-        share = 100 * cover.reached / max(cover.blocks, 1)
-        lines.append(f"{cover.name:40} {cover.blocks:>7} {cover.reached:>9} {share:>6.1f}%")
+        able = cover.reached + len(cover.unexplained)
+        shares = [100 * cover.reached / max(count, 1) for count in (cover.blocks, able)]
+        lines.append(f"{cover.name:40} {cover.blocks:>7} {cover.reached:>9} {shares[0]:>6.1f}% {shares[1]:>15.1f}%")
         lines += [f"    {block}" for block in cover.unreached]
     failed = sum(report.failed for report in campaign.reports)
     missed = sum(len(report.unreached) for report in campaign.reports)

@@ -14,32 +14,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernel_model.levels import U64, Fold, Level
-from kernel_model.mm import EINVAL, ENOMEM, Kernel
+from kernel_model.mm import EINVAL, ENOMEM, Kernel, Mm
 from kernel_model.pagewalk import p4d_offset, pmd_offset, pte_offset, pud_offset
 from kernel_model.stores import SET, clear_bad, lazy_mmu_mode_disable, lazy_mmu_mode_enable
 
 Fn = Callable[[int, int], int]  # (PA of the PTE, addr) -> error
 
 
-def apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None) -> int:
-    """apply_to_page_range(&init_mm, addr, size, fn): every PTE, in tables that are made where there are none.
+def apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None, mm: Mm | None = None) -> int:
+    """apply_to_page_range(mm, addr, size, fn): every PTE, in tables that are made where there are none.
 
-    `size` is in bytes. Returns 0, -EINVAL, -ENOMEM or what `fn` returned.
+    `size` is in bytes; `mm` None: init_mm. Returns 0, -EINVAL, -ENOMEM or what `fn` returned.
     """
-    return __apply_to_page_range(kernel, addr, size, fn, create=True)
+    return __apply_to_page_range(kernel, mm, addr, size, fn, create=True)
 
 
-def apply_to_existing_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None) -> int:
-    """apply_to_existing_page_range(&init_mm, addr, size, fn): PTEs that are not none; no table is made."""
-    return __apply_to_page_range(kernel, addr, size, fn, create=False)
+def apply_to_existing_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None, mm: Mm | None = None) -> int:
+    """apply_to_existing_page_range(mm, addr, size, fn): PTEs that are not none; no table is made."""
+    return __apply_to_page_range(kernel, mm, addr, size, fn, create=False)
 
 
-def __apply_to_page_range(kernel: Kernel, addr: int, size: int, fn: Fn | None, *, create: bool) -> int:
+def __apply_to_page_range(kernel: Kernel, mm: Mm | None, addr: int, size: int, fn: Fn | None, *, create: bool) -> int:
     end = addr + size & U64
     if addr >= end:
         kernel.warn("__apply_to_page_range")
         return -EINVAL
-    return _range(kernel, "PGD", kernel.pgd + 8 * kernel.levels.pgd.index(addr), addr, end, fn, create)
+    pgd = (mm or kernel.init_mm).pgd + 8 * kernel.levels.pgd.index(addr)
+    return _range(kernel, "PGD", pgd, addr, end, fn, create)
 
 
 _BELOW = {"PGD": "P4D", "P4D": "PUD", "PUD": "PMD", "PMD": "PTE"}

@@ -107,7 +107,8 @@ def _pud_of(kernel: Kernel, vma: Vma, addr: int) -> int | None:
 
 def _size(kernel: Kernel, level: Level) -> int:
     """Bytes that an entry of `level` maps."""
-    return {Level.PTE: kernel.levels.pte, Level.PMD: kernel.levels.pmd, Level.PUD: kernel.levels.pud}[level].size
+    size: int = {Level.PTE: kernel.levels.pte, Level.PMD: kernel.levels.pmd, Level.PUD: kernel.levels.pud}[level].size
+    return size
 
 
 def _note(kernel: Kernel, fw: FolioWalk, level: Level, entry: int) -> int:

@@ -27,9 +27,9 @@ def split_huge_pmd(kernel: Kernel, pmd: int, addr: int) -> None:
 
 
 def pmd_trans_unstable(kernel: Kernel, pmd: int) -> bool:
-    """pmd_trans_unstable() of 6.1: the entry is not a table; a bad one is cleared."""
+    """pmd_trans_unstable() of 6.1: the entry is not a table; a bad one is cleared. PTE_DEVMAP is not asked for."""
     value, bits = kernel.read(pmd), kernel.bits
-    if value == 0 or bits.pmd_trans_huge(value) or bits.devmap(value) or not bits.pmd_present(value):
+    if value == 0 or bits.pmd_trans_huge(value) or not bits.pmd_present(value):
         return True
     return _cleared_if_bad(kernel, pmd, value)
 

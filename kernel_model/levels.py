@@ -89,6 +89,11 @@ class Levels:
         return 1 << self.page_shift
 
     @property
+    def half(self) -> int:
+        """Bytes of one half of the address space in this run; user addresses are below it."""
+        return 1 << self.va_bits
+
+    @property
     def contiguous(self) -> dict[str, int]:
         """CONT_PTE_SIZE and CONT_PMD_SIZE in bytes, by level (arch/arm64/Kconfig's shifts)."""
         pte, pmd = {12: (4, 4), 14: (7, 5), 16: (5, 5)}[self.page_shift]

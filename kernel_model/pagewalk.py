@@ -19,8 +19,7 @@ from typing import Any
 from kernel_model import huge
 from kernel_model.levels import U64, Fold, Level
 from kernel_model.mm import EINVAL, ENOMEM, Kernel, Mm, Vma
-from kernel_model.stores import clear_bad, set_pte
-from kernel_model.stores import set_pgd
+from kernel_model.stores import clear_bad
 
 
 class Action(IntEnum):
@@ -271,6 +270,8 @@ def make_table(walk: MmWalk, below: str, entry: int) -> int:
     level: Level = getattr(kernel.levels, below.lower())
     if not walk.ops.install_pte or level.fold is not Fold.NO:
         return 0
+    if kernel.read(entry):  # a bad entry of a level that is compiled away is kept: the new page is given back
+        return -ENOMEM if kernel.allocate() is None else 0
     return 0 if kernel.new_table(entry, kernel.table_flags) else -ENOMEM
 
 

@@ -20,7 +20,9 @@ from emu.machine import CallResult
 from kernel_model import huge
 from kernel_model.compare import Outcome
 from kernel_model.folio_walk import FolioWalk, Level, folio_walk_start
+from kernel_model.levels import Fold
 from kernel_model.mm import Called, Kernel, Mm, Warn, Write
+from pgtable.descriptors import LAST_LEVEL
 
 NORMAL = ("vm_normal_page", "vm_normal_page_pmd", "vm_normal_page_pud")
 ZERO, HUGE_ZERO = 5 << 20, 128 << 20  # the pages of zeros, in bytes from the start of RAM
@@ -47,7 +49,10 @@ class FolioCase:
 class FolioWalkStart:
     """The harness of folio_walk_start()."""
 
-    function = "folio_walk_start"
+    worlds = ("plain", "wide")
+
+    def __init__(self, function: str = "folio_walk_start") -> None:
+        self.function = function
 
     def exists(self, world: World) -> bool:
         """The kernel has the function."""
@@ -78,7 +83,7 @@ class FolioWalkStart:
             addr += rng.randrange(-2, 3) * level.size
         if rng.random() < 0.3:
             tree = rng.choice([tree, *_special(world, tree, addr, rng.randrange(len(world.space.tables)))])
-        start = max(addr & -page, page) - rng.randrange(3) * page
+        start = max((addr & -page) - rng.randrange(3) * page, 0)
         area = Area(start, start + rng.randrange(1, 9) * page)
         shown = rng.choice((None, rng.randrange(1 << 10)))
         return FolioCase(
@@ -123,12 +128,15 @@ class FolioWalkStart:
     def _real(self, world: World, objects: Objects, case: FolioCase) -> Outcome:
         for name in NORMAL:
             world.stub(name, lambda m, name=name: self._normal(world, case, name, m))  # type: ignore[misc]
-        self._lock_pages(world, case)
+        locks = world.variant.fw_migration and case.flags & 1 and case.locked
+        if locks:
+            self._lock_pages(world, PAGE_LOCKED)
         fw = objects.other
         result = world.call(self.function, fw, objects.vma(0), case.addr, case.flags)
         if result.stop is None and result.value:
             world.note(Called("found", self._found(world, objects, fw)))
-        self._lock_pages(world, replace(case, locked=False))
+        if locks:
+            self._lock_pages(world, 0)
         folio = self._pa(world, result.value) if result.value and result.stop is None else 0
         return world.real(result, value=folio, keeps=True)
 
@@ -137,11 +145,11 @@ class FolioWalkStart:
         page = self._page(world, case)
         return world.machine.struct_page(page) if page else 0
 
-    def _lock_pages(self, world: World, case: FolioCase) -> None:
-        """Sets PG_locked of every page of RAM, or takes it back."""
+    def _lock_pages(self, world: World, flags: int) -> None:
+        """Sets the flags of every page of RAM."""
         plan = world.plan
         words = world.machine.memory.words(plan.vmemmap_pa, plan.ram[1] // plan.page_size * STRUCT_PAGE // 8)
-        words[:: STRUCT_PAGE // 8] = PAGE_LOCKED * case.locked
+        words[:: STRUCT_PAGE // 8] = flags
 
     def _pa(self, world: World, page: int) -> int:
         """The PA whose struct page is at `page`."""
@@ -150,13 +158,12 @@ class FolioWalkStart:
 
     def _found(self, world: World, objects: Objects, fw: int) -> tuple[int, ...]:
         """What the walk left in struct folio_walk."""
-        at = {name: fw + world.offset("folio_walk", name) for name in ("page", "ptep", "pte", "ptl", "level")}
-        word = world.machine.word_at
-        page, entry, value, lock = (word(at[name], 8) for name in ("page", "ptep", "pte", "ptl"))
+        memory, at = world.machine.memory, world.physical(fw)
+        members = [world.offset("folio_walk", name) for name in ("page", "ptep", "pte", "ptl", "level")]
+        page, entry, value, lock, level = (memory.fetch(at + member) for member in members)
         of_mm = lock == objects.mm + world.offset("mm_struct", "page_table_lock")
         owner = -1 if of_mm else self._pa(world, lock - world.offset("ptdesc", "ptl"))
-        level = word(at["level"])
-        return (self._pa(world, page) if page else -1, level, world.physical(entry), value, owner)
+        return (self._pa(world, page) if page else -1, level & (1 << 32) - 1, world.physical(entry), value, owner)
 
     # ---- rows, shrinking
 
@@ -169,7 +176,9 @@ class FolioWalkStart:
             rows.add("vm_normal_page_pud")
         if variant.fw_migration:
             rows |= {"bug", "migration"}
-        return frozenset(rows | {"entry cleared"})
+        if world.levels.p4d.fold is not Fold.COMPILE:
+            rows.add("entry cleared")
+        return frozenset(rows)
 
     def smaller(self, case: FolioCase) -> Iterator[FolioCase]:
         """Fewer words."""
@@ -231,16 +240,43 @@ def _special(world: World, tree: Tree, va: int, depth: int) -> Iterator[Tree]:
 
 
 def _into_ram(world: World, tree: Tree) -> Tree:
-    """The tree with every entry that is no table of it leading into RAM."""
-    ram, size = world.plan.ram
-    arena, address = world.arena, (1 << 50) - world.levels.page_size
+    """The tree with every entry that is no table of it, from the PUD level down, leading into RAM.
 
-    def moved(word: int) -> int:
-        if word & 3 == 3 and 0 <= (word & (1 << 48) - world.levels.page_size) - arena[0] < arena[1]:
+    Entries above, which 6.12 may take for tables whatever they are, lead where there is none.
+    """
+    ram, size = world.plan.ram
+    page = world.levels.page_size
+    first = next(i for i, level in enumerate(world.space.tables) if level.name in ("PUD", "PMD"))
+    layout = world.space.fmt.leaf(LAST_LEVEL)
+    address, depths = (1 << 50) - page, _depths(world, tree)
+
+    def moved(pa: int, word: int) -> int:
+        if depths.get(pa & -page, -1) < first or (word & 3 == 3 and _table(world, word) is not None):
             return word
+        if world.space.fmt.lpa2 and word & (layout["VALID"].mask | layout["nG"].mask):
+            word &= ~layout["OA"].spans[-1].mask
         return word & ~address | ram + (word & address & size - 1)
 
-    return replace(tree, words={pa: moved(word) if word else 0 for pa, word in tree.words.items()})
+    return replace(tree, words={pa: moved(pa, word) if word else 0 for pa, word in tree.words.items()})
+
+
+def _depths(world: World, tree: Tree) -> dict[int, int]:
+    """How far below the root each table is, by its PA; a word without VALID may be taken for a table too."""
+    depths, todo = {tree.root: 0}, [tree.root]
+    while todo:
+        at = todo.pop()
+        words = [word for pa, word in tree.words.items() if pa & -world.levels.page_size == at]
+        for below in (_table(world, word) for word in words):
+            if below is not None and below not in depths:
+                depths[below] = depths[at] + 1
+                todo.append(below)
+    return depths
+
+
+def _table(world: World, word: int) -> int | None:
+    """The table of the arena that a word leads to, if it may be one."""
+    table: int = world.space.fmt.table(LAST_LEVEL - 1)["TA"].get(word)
+    return table if word & 2 and 0 <= table - world.arena[0] < world.arena[1] else None
 
 
 @dataclass(frozen=True)
@@ -255,7 +291,10 @@ class HugeCase:
 class HugePteOffset:
     """The harness of huge_pte_offset()."""
 
-    function = "huge_pte_offset"
+    worlds = ("plain", "wide")
+
+    def __init__(self, function: str = "huge_pte_offset") -> None:
+        self.function = function
 
     def exists(self, world: World) -> bool:
         """The kernel has the function."""

@@ -34,14 +34,16 @@ def around_of(world: World, rng: random.Random, realm: float) -> Surroundings:
         requires_bbml=requires_bbml(image) is not None and rng.random() < 0.6,
         page_alloc_available=rng.random() < 0.95,
         online_cpus=rng.choice((0, 1, 1, 1, 1, 1, 1, 2)),
-        realm=world.variant.knows_realms and rng.random() < realm,
+        realm=world.own.knows_realms and rng.random() < realm,
         ns_shared=bits.leaf["OA"].put(0, 1 << 40),
     )
+    booted = world.own.walks and rng.random() < 0.3  # seldom: patched code is translated anew
     settings.tlb_range, settings.supports_bbml, settings.caps_finalized = (
-        world.variant.walks and rng.random() < 0.1 for _ in range(3)
+        booted and rng.random() < 0.6 for _ in range(3)
     )
     context = rng.choice((Context.TASK,) * 4 + (Context.SOFTIRQ, Context.HARDIRQ))
-    return Surroundings(settings, context, monitor=rng.choice((Monitor.GRANTS, *Monitor)))
+    pages = rng.choice((0, 1, 2)) if rng.random() < 0.1 else None
+    return Surroundings(settings, context, monitor=rng.choice((Monitor.GRANTS, *Monitor)), pages=pages)
 
 
 class Maker:
@@ -60,6 +62,8 @@ class Maker:
         if self.kind.startswith("page"):
             return self._struct_page()
         addr, numpages = self._va(), self._numpages()
+        if numpages * self.page == self.world.levels.pud.size and self.rng.random() < 0.8:
+            addr &= -self.world.levels.pud.size & U64
         self._pool(settings, addr)
         end = addr + numpages * self.page & U64
         if self.kind == "ends" and self.rng.random() < 0.1:
@@ -99,6 +103,29 @@ class Maker:
             pa = TARGET_PA + (index << level.shift) & (1 << 40) - level.size
             grower.words.setdefault(table + 8 * index, layout.pack(word, OA=pa))
 
+    def on_a_block(self, numpages: int) -> tuple[tuple[int, ...], VmStruct | None, Tree]:
+        """A call for the first pages of a block of the PMD level."""
+        levels, space = self.world.levels, self.world.space
+        va, grower = self.world.plan.linear + levels.pmd.size, Grower(space, random.Random(0), ng=self.world.ng)
+        depth = next(i for i, level in enumerate(space.tables) if level.name == "PMD")
+        entry = grower.path(va, depth=depth) + 8 * space.index(space.tables[depth], va)
+        grower.words[entry] = grower.word(space.tables[depth], Kind.LEAF)
+        size, page = numpages * self.page, self.world.physical(va)
+        area = VmStruct(va, size + self.page, VmFlags.VM_ALLOC, tuple(page + i * self.page for i in range(numpages)))
+        bits = self.world.bits
+        args: dict[str, tuple[int, ...]] = {
+            "nothing": (),
+            "area": (va, numpages),
+            "area masks": (va, numpages, bits.RDONLY, bits.WRITE),
+            "range enable": (va, numpages, 0),
+            "bytes masks": (va, size, bits.RDONLY, bits.WRITE),
+            "page": (page,),
+            "page range": (page, numpages, 0),
+            "linear": (va, numpages),
+            "ends": (va, va + size),
+        }
+        return args[self.kind], area if self.kind.startswith("area") else None, grower.done()
+
     # addresses
 
     def _va(self) -> int:
@@ -123,8 +150,9 @@ class Maker:
         rng, entries = self.rng, self.page // 8
         if rng.random() < 0.05:
             return rng.choice(ODD if self.kind != "ends" else ODD[:2])  # a split needs a page for each block
-        if self.world.variant.walks and self.kind != "ends" and rng.random() < 0.04:
-            return rng.choice(LARGE)
+        if self.world.own.walks and self.kind != "ends" and rng.random() < 0.08:
+            pud: int = self.world.levels.pud.size // self.page
+            return rng.choice((*LARGE, pud, pud, pud))
         if rng.random() < 0.12:
             return rng.choice((entries - 1, entries, entries + 1, 2 * entries, 16 * entries))
         return rng.choice(FEW)
@@ -166,7 +194,15 @@ class Maker:
 
     def _common_masks(self) -> tuple[int, int]:
         bits = self.world.bits
-        known = ((bits.RDONLY, bits.WRITE), (bits.WRITE, bits.RDONLY), (bits.PXN, 0), (0, bits.PXN))
+        known = (
+            (0, bits.RDONLY),
+            (bits.PRESENT_VALID_KERNEL, bits.RDONLY),
+            (bits.PRESENT_VALID_KERNEL, bits.NG),
+            (bits.RDONLY, bits.WRITE),
+            (bits.WRITE, bits.RDONLY),
+            (bits.PXN, 0),
+            (0, bits.PXN),
+        )
         return self.rng.choice((*known, self._masks()))
 
     def _struct_page(self) -> Call:

@@ -36,8 +36,8 @@ class Patch(NamedTuple):
     off: int
 
 
-def static_key(image: KernelImage, key: str) -> list[Patch]:
-    """The branches of a static key; [] for a kernel without it.
+def static_key(image: KernelImage, key: str, functions: Sequence[str]) -> list[Patch]:
+    """The branches of a static key inside `functions`; [] for a kernel without it.
 
     Members of struct jump_entry are relative to themselves; bit 0 of the key: the branch is taken while it is false.
     """
@@ -45,11 +45,13 @@ def static_key(image: KernelImage, key: str) -> list[Patch]:
         return []
     at, rows = _table(image, "__start___jump_table", "__stop___jump_table", JUMP_ENTRY)
     mine = np.flatnonzero((rows["key"] & ~3) + 16 * np.arange(len(rows)) == image.symbols[key] - at - 8)
+    ranges = _ranges(image, functions)
     found = []
     for i in mine.tolist():
         code, target = at + 16 * i + int(rows["code"][i]), at + 16 * i + 4 + int(rows["target"][i])
         words = _branch(code, target), NOP
-        found.append(Patch(code, *(words[::-1] if rows["key"][i] & 1 else words)))
+        if any(start <= code < end for start, end in ranges):
+            found.append(Patch(code, *(words[::-1] if rows["key"][i] & 1 else words)))
     return found
 
 
@@ -76,10 +78,14 @@ def capability(image: KernelImage, description: str) -> int | None:
 def ensure(machine: Machine, patches: Sequence[Patch], on: bool) -> None:
     """Makes the code what it is with the feature on or off, if it is not."""
     assert machine.image
+    changed = False
     for at, with_it, without in patches:
-        word = (with_it if on else without).to_bytes(4, "little")
-        if machine.memory.read(at - machine.image.base + machine.plan.image_pa, 4) != word:
-            machine.write(at, word)
+        pa, word = at - machine.image.base + machine.plan.image_pa, (with_it if on else without).to_bytes(4, "little")
+        if machine.memory.read(pa, 4) != word:
+            machine.memory.write(pa, word)
+            changed = True
+    if changed:
+        machine.cpu.flush_code()
 
 
 def _alternative(image: KernelImage, orig: int, alt: int, row: Any) -> Iterator[Patch]:
@@ -121,8 +127,10 @@ def find_words(image: KernelImage, word: int, free: int, functions: Sequence[str
 
 
 def _ranges(image: KernelImage, functions: Sequence[str]) -> list[tuple[int, int]]:
-    """Start and end of every function of these names."""
-    return [(at, at + _size(image, at)) for name in functions for at in image.symbols.all(name)]
+    """Start and end of every function of these names, and of the parts that the compiler made of it."""
+    symbols = image.symbols
+    names = [each for name in functions for each in (name, *symbols.variants(name))]
+    return [(at, at + _size(image, at)) for name in names for at in symbols.all(name)]
 
 
 def _size(image: KernelImage, address: int) -> int:

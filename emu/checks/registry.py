@@ -30,6 +30,8 @@ HARNESSES: dict[str, tuple[str, str]] = {
     "set_memory_valid": _PAGEATTR,
     "set_memory_encrypted": _PAGEATTR,
     "set_memory_decrypted": _PAGEATTR,
+    "realm_set_memory_encrypted": _PAGEATTR,
+    "realm_set_memory_decrypted": _PAGEATTR,
     "set_direct_map_invalid_noflush": _PAGEATTR,
     "set_direct_map_default_noflush": _PAGEATTR,
     "set_direct_map_valid_noflush": _PAGEATTR,

@@ -58,7 +58,7 @@ def walk_universe(world: World) -> frozenset[str]:
 
 def _kinds(world: World, callback: str) -> list[str]:
     """Kinds that a callback can be shown."""
-    variant, levels, name = world.variant, world.levels, LEVELS[callback]
+    variant, levels, name = world.own, world.levels, LEVELS[callback]
     keeps = variant.present_invalid or variant.prot_none_58
     if name == "PTE":
         return ["none", "valid", "not present", *(["present-invalid"] if keeps else [])]

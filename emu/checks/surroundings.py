@@ -16,6 +16,7 @@ from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from emu import engine
+from emu.check import ALLOCATORS
 from emu.checks.patches import Patch, alternatives, capability, ensure, find_words, static_key
 from emu.checks.world import World
 from emu.image import KernelImage
@@ -34,6 +35,15 @@ CAPABILITIES = {
     "caps_finalized": "has_always",
 }
 RVAALE1IS = 0xD50882E0  # of X0
+REALM = (
+    "can_set_direct_map",
+    "set_direct_map_invalid_noflush",
+    "set_direct_map_default_noflush",
+    "set_direct_map_valid_noflush",
+    "realm_set_memory_encrypted",
+    "realm_set_memory_decrypted",
+    "__set_memory_enc_dec",
+)
 PATCHED = ("flush_tlb_kernel_range", "split_kernel_leaf_mapping")
 
 
@@ -61,12 +71,13 @@ class Monitor(Enum):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """One case's. `area`: the only vmalloc area, or none."""
+    """One case's. `area`: the only vmalloc area, or none. `pages`: how many the page allocator has, None for enough."""
 
     settings: Settings = field(default_factory=Settings)
     context: Context = Context.TASK
     area: VmStruct | None = None
     monitor: Monitor = Monitor.GRANTS
+    pages: int | None = None
 
     def apply_to(self, kernel: Kernel) -> Kernel:
         """The model's kernel with all of this."""
@@ -74,7 +85,14 @@ class Surroundings:
         kernel.vm_areas = [self.area] if self.area else []
         page = kernel.levels.page_size
         kernel.rsi = lambda start, end, state, flags: self.monitor.reply(start, end, page)
+        if self.pages is not None:
+            kernel.allocate = _at_most(self.pages, kernel.allocate)
         return kernel
+
+
+def _at_most(count: int, allocate: Callable[[], int | None]) -> Callable[[], int | None]:
+    left = iter(range(count))
+    return lambda: None if next(left, None) is None else allocate()
 
 
 def settings_of(image: KernelImage, **changed: object) -> Settings:
@@ -98,7 +116,14 @@ class Arranger:
         self.world = world
         self.now = Surroundings()
         self._patches: dict[str, list[Patch]] | None = None
+        self._pages_left = -1
         self._stubs()
+        btf = world.image.btf
+        self._preempt_at = world.plan.task + btf.offset("task_struct", "thread_info.preempt_count")
+        self._vm_struct = {
+            name: btf.member("vm_struct", name) for name in ("addr", "size", "flags", "pages", "nr_pages")
+        }
+        self._vm_size = btf.size("vm_struct")
 
     @classmethod
     def of(cls, world: World) -> Arranger:
@@ -110,6 +135,7 @@ class Arranger:
     def arrange(self, around: Surroundings) -> None:
         """Writes the variables, the area and the static key of a realm."""
         self.now, settings = around, around.settings
+        self._pages_left = -1 if around.pages is None else around.pages
         self._poke("rodata_full", settings.rodata_full, 1)
         self._poke("kfence_early_init", settings.kfence_early, 1)
         self._poke("page_alloc_available", settings.page_alloc_available, 1)
@@ -132,25 +158,17 @@ class Arranger:
             )
 
     def _preempt_count(self, context: Context) -> None:
-        at = self.world.plan.task + self.world.image.btf.offset("task_struct", "thread_info.preempt_count")
-        self.world.machine.write(at, PREEMPT_COUNT[context].to_bytes(4, "little"))
+        self.world.machine.write(self._preempt_at, PREEMPT_COUNT[context].to_bytes(4, "little"))
 
     # the area
 
     def _write_area(self, area: VmStruct) -> None:
         """A struct vm_struct at the scratch address, its pages[] behind it."""
-        world, btf = self.world, self.world.image.btf
-        struct = bytearray(btf.size("vm_struct"))
-        pages = world.scratch + 0x100
-        for name, value in (
-            ("addr", area.addr),
-            ("size", area.size),
-            ("flags", area.flags),
-            ("pages", pages),
-            ("nr_pages", area.nr_pages),
-        ):
-            member = btf.member("vm_struct", name)
-            struct[member.offset : member.offset + member.size] = value.to_bytes(member.size, "little")
+        world, pages = self.world, self.world.scratch + 0x100
+        values = {**vars(area), "pages": pages}
+        struct = bytearray(self._vm_size)
+        for name, member in self._vm_struct.items():
+            struct[member.offset : member.offset + member.size] = int(values[name]).to_bytes(member.size, "little")
         world.machine.write(world.scratch, bytes(struct))
         pointers = b"".join(world.machine.struct_page(pa).to_bytes(8, "little") for pa in area.pages)
         world.machine.write(pages, pointers)
@@ -167,7 +185,21 @@ class Arranger:
         for name in ("vm_unmap_aliases", "mutex_lock", "mutex_unlock"):
             world.stub(name, self._called(name))
         world.stub("lruvec_stat_mod_folio", lambda _: 0)
+        for name in ALLOCATORS:
+            if name in world.image.symbols:
+                world.stub(name, self._limited(world.machine.stubs[world.image.symbols[name]]))
         world.stub("__arm_smccc_smc", self._smc)
+
+    def _limited(self, allocate: Callable[[Machine], int | None]) -> Callable[[Machine], int | None]:
+        """The page allocator, which has no page left after so many."""
+
+        def stub(machine: Machine) -> int | None:
+            if not self._pages_left:
+                return 0
+            self._pages_left -= 1
+            return allocate(machine)
+
+        return stub
 
     def _called(self, name: str) -> Callable[[Machine], int]:
         def stub(machine: Machine) -> int:
@@ -215,7 +247,7 @@ def _patches(image: KernelImage) -> dict[str, list[Patch]]:
         if "arm64_features" in image.symbols
         else {}
     )
-    realm = static_key(image, "rsi_present") if "realm_crypt_ops" in image.symbols else []
+    realm = static_key(image, "rsi_present", REALM) if "realm_crypt_ops" in image.symbols else []
     return {**has, "realm": realm}
 
 

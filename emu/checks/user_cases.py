@@ -49,6 +49,7 @@ def prepared(function: str, world: World) -> Iterator[UserCase]:
     yield from _every_row(function, world)
     yield from _locks(function, world)
     yield from _vma_kinds(function, world)
+    yield from _splits(function, world)
     if world.variant.install_pte:
         yield from _installs(function, world)
 
@@ -128,6 +129,24 @@ def _vma_kinds(function: str, world: World) -> Iterator[UserCase]:
                     yield _one_vma(function, world, tree, va, 2 * size, area=area, script=script)
 
 
+def _splits(function: str, world: World) -> Iterator[UserCase]:
+    """What splitting a huge PMD may leave: nothing new, a table, an entry of each kind, swap entries, PTE_DEVMAP."""
+    depth = [level.name for level in world.space.tables].index("PMD")
+    level, span = world.space.tables[depth], 2 * world.levels.page_size
+    layout = world.space.fmt.leaf(world.space.hardware_level(level))
+    tree, va = plain(world, depth, Kind.LEAF)
+    grower = Grower(world.space, Random(3), ng=True)
+    words = [grower.word(level, kind) for kind in Kind if kind not in (Kind.TABLE, Kind.RANDOM)]
+    words += [kind * (layout["AP"].mask & -layout["AP"].mask) for kind in range(26, 32)]
+    below = tree.root + tree.pages * world.levels.page_size
+    tree = replace(tree, pages=tree.pages + 1)
+    words += [grower.table_word(below), grower.table_word(below) | layout["IGNORED_58_55"].put(0, 4)]
+    for word in (None, *words):
+        for callbacks in (ALL, ("pte_entry",)):
+            space = Space((Area(va, va + span),), splits=(word,))
+            yield _one_vma(function, world, tree, va, span, space=space, callbacks=callbacks)
+
+
 def _answers(function: str, world: World, script: Script) -> Iterator[UserCase]:
     """A vma of each kind after a gap, with and without test_walk."""
     tree, va = plain(world, len(world.space.tables) - 1, Kind.LEAF)
@@ -144,8 +163,7 @@ def _answers(function: str, world: World, script: Script) -> Iterator[UserCase]:
 
 def _installs(function: str, world: World) -> Iterator[UserCase]:
     """install_pte where tables are missing at each level, with and without pages for them."""
-    rng = Random(2)
-    leaf = Grower(world.space, rng).leaf_word(world.space.tables[-1])
+    leaf = world.space.fmt.leaf(3).pack(VALID=1, TYPE=1, AF=1, UXN=1, OA=TARGET_PA)  # ordered for the walker
     page = world.levels.page_size
     yield _full_run(function, world)
     for depth, level in enumerate(world.space.tables):
@@ -178,7 +196,7 @@ def random_case(function: str, world: World, rng: Random) -> UserCase:
     """A random mm over a random tree, a range near one of its borders, random callbacks and reactions."""
     sizes = objects_of(world).huge_sizes
     areas = _areas(world, rng, sizes, least=int(function in OF_VMA))
-    borders = [at for area in areas for at in (area.start, area.end)] or [_base(world, rng)]
+    borders = [at for area in areas for at in (area.start, area.end)] or [base_address(world, rng)]
     focus = [rng.choice(borders) for _ in range(rng.choice((1, 1, 2)))]
     tree = random_tree(world.space, rng, focus, ng=True)
     start, end = _range(world, rng, rng.choice(focus))

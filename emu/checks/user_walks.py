@@ -16,18 +16,22 @@ from emu.checks.rows import walk_rows, walk_universe
 from emu.checks.script import Recorder
 from emu.checks.user_cases import OF_MM, OF_VMA, UserCase
 from emu.checks.vmas import maps, objects_of
-from emu.checks.world import Script, World
+from emu.checks.world import World
 from emu.machine import TIMEOUT, CallResult
 from kernel_model import walkers
 from kernel_model.compare import Outcome
-from kernel_model.mm import EINVAL, ENOMEM, Callback, Called, Kernel, Warn
+from kernel_model.mm import EINVAL, ENOMEM, Callback, Called, Kernel, Warn, Write
+from pgtable.descriptors import LAST_LEVEL
 
 ENDLESS = 0.1  # seconds for a call that the model says has no end
+UNKNOWN = (1 << 32) - 1  # depth -1, as the recorder has it
 STEPS = 6000  # loop iterations of the model
 
 
 class UserWalk:
     """The harness of one of the functions."""
+
+    worlds = ("plain", "wide")
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -57,7 +61,8 @@ class UserWalk:
         kernel.step_limit = STEPS
         predicted = world.predicted(kernel, lambda: self._model(world, kernel, case))
         real = world.real(self._real(world, case, ENDLESS if predicted.stop else TIMEOUT), keeps=True)
-        return Checked(predicted, real, user_rows(world, predicted, case.script))
+        objects.forget()
+        return Checked(predicted, real, user_rows(world, predicted, case))
 
     def _model(self, world: World, kernel: Kernel, case: UserCase) -> int:
         mm = objects_of(world).model(kernel)
@@ -116,9 +121,9 @@ class UserWalk:
 # ---- rows
 
 
-def user_rows(world: World, outcome: Outcome, script: Script) -> frozenset[str]:
+def user_rows(world: World, outcome: Outcome, case: UserCase) -> frozenset[str]:
     """The rows that a walk reached: those of every walk, and those of vmas."""
-    found = set(walk_rows(world, outcome, script))
+    found = set(walk_rows(world, outcome, case.script)) | _made_rows(world, outcome)
     number, failed = -1, False
     for event in outcome.events:
         if isinstance(event, Called):
@@ -127,11 +132,29 @@ def user_rows(world: World, outcome: Outcome, script: Script) -> frozenset[str]:
             found.add("assertion")
         elif isinstance(event, Callback):
             number += 1
-            value = script[number].value if number in script else 0
-            found |= _callback_rows(event.name, value, failed)
+            value = case.script[number].value if number in case.script else 0
+            found |= _callback_rows(event.name, value, failed) | _hole_rows(event, case)
             failed |= value != 0
     errors = {-EINVAL: "-EINVAL", -ENOMEM: "-ENOMEM"}
     return frozenset(found | {errors[outcome.value]} if outcome.value in errors and not outcome.stop else found)
+
+
+def _made_rows(world: World, outcome: Outcome) -> set[str]:
+    """How many tables install_pte made; the arena begins where the pages for them end."""
+    layout, pool = world.space.fmt.table(LAST_LEVEL - 1), world.plan.pages[0]
+    words = [event.value for event in outcome.events if isinstance(event, Write)]
+    made = {word for word in words if word & 3 == 3 and pool <= layout["TA"].get(word) < world.arena[0]}
+    return {f"{min(len(made), len(world.space.tables) - 1)} tables made"} if made else set()
+
+
+def _hole_rows(event: Callback, case: UserCase) -> set[str]:
+    """Where a hole of unknown depth is: between vmas, in a VM_PFNMAP one or in a hugetlb one."""
+    if event.name != "pte_hole" or event.args[2] != UNKNOWN:
+        return set()
+    area = next((area for area in case.space.areas if area.start <= event.args[0] < area.end), None)
+    if area is None:
+        return {"hole between vmas"}
+    return {"hole in a hugetlb vma" if area.huge_size else "hole of a VM_PFNMAP vma"}
 
 
 def _callback_rows(name: str, value: int, failed: bool) -> set[str]:
@@ -146,16 +169,20 @@ def _callback_rows(name: str, value: int, failed: bool) -> set[str]:
 
 def _universe(function: str, world: World) -> frozenset[str]:
     """What vmas add to the rows of a walk."""
-    variant = world.variant
+    variant = world.own
     rows = {f"{name} {did}" for name in ("pre_vma", "hugetlb_entry") for did in ("goes on", "stop")}
     rows |= {"post_vma after an error", "post_vma after the walk", "__split_huge_pmd"}
     rows |= {"pte_hole depth -1 goes on", "pte_hole depth -1 stop"}
+    rows.add("hole in a hugetlb vma")
+    if function in OF_MM:
+        rows.add("hole between vmas")
     if function not in OF_VMA or (function == "walk_page_vma" and variant.locks.walk_test_in_page_vma):
-        rows |= {f"test_walk {did}" for did in ("walks", "skips", "refuses")}
+        rows |= {f"test_walk {did}" for did in ("walks", "skips", "refuses")} | {"hole of a VM_PFNMAP vma"}
     if function != "walk_page_mapping" or variant.install_pte:
         rows.add("-EINVAL")
     if "unsafe" in function:
         rows |= {"-ENOMEM", "install_pte goes on", "install_pte stop", "__sync_icache_dcache", "__contpte_try_fold"}
+        rows |= {f"{count} tables made" for count in range(1, len(world.space.tables))}
     if variant.locks.has_walk_lock and function != "walk_page_mapping":
         rows |= {"assertion", "__vma_start_write"}
     return frozenset(rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ SPLITS = ("__split_huge_pud", "__split_huge_pmd")
 TREES = ("vma_interval_tree_iter", "mapping_rmap_tree_iter")  # names of the iterator over a file's vmas
 SILENT = (
     *("hugetlb_vma_lock_read", "hugetlb_vma_unlock_read", "preempt_schedule", "up_write"),
-    *("lruvec_stat_mod_folio", "mod_node_page_state"),
+    *("lruvec_stat_mod_folio", "mod_node_page_state", "pagetable_free"),
 )
 CHAIN = (("file", "f_inode"), ("inode", "i_sb"), ("super_block", "s_fs_info"), ("hugetlbfs_sb_info", "hstate"))
 VMAS = 4
@@ -72,16 +73,19 @@ class Objects:
         pool, size = world.plan.user_pool
         self._pa = pool + size // 2
         self.base = world.linear(self._pa)
-        self._sequence = world.variant.locks.has_walk_lock
+        self._sequence = world.own.locks.has_walk_lock
         self._refcnt = world.image.btf.has("vm_area_struct", "vm_refcnt")
         self._lock = world.image.btf.has("vma_lock", "lock")
         self._struct_pages = [self._struct_pages_of(*pages) for pages in (world.arena, (world.plan.pages[0], ROOM))]
         self.huge_sizes = _huge_sizes(world)
         self._static = bytes(self._huge_objects())
-        self.space = Space(())
+        self.space, self._active = Space(()), False
         self._split = self._given = 0
-        self._locked: set[int] = set()
         self._set_up_stubs()
+
+    def forget(self) -> None:
+        """The stubs answer for no case any more; the allocator has all pages."""
+        self.space, self._active = Space(()), False
 
     # ---- addresses
 
@@ -134,7 +138,7 @@ class Objects:
     def write(self, space: Space) -> None:
         """Puts the mm of a case into the guest; nothing is called or split yet."""
         world = self.world
-        self.space, self._split, self._given, self._locked = space, 0, 0, set()
+        self.space, self._active, self._split, self._given = space, True, 0, 0
         block = bytearray(self._static)
         self._put(block, 0, "mm_struct", "pgd", world.linear(world.root))
         if self._sequence:
@@ -190,10 +194,11 @@ class Objects:
         for name in SILENT:
             stub(name, lambda _: 0)
         if self._lock:
-            stub("down_write", lambda m: self._start_write(m.argument(0) & -RECORD))
+            stub("down_write", self._down_write)
 
     def _called(self, name: str, *args: int) -> int:
-        self.world.note(Called(name, args))
+        if self._active:
+            self.world.note(Called(name, args))
         return 0
 
     def _pte(self, machine: Machine) -> int:
@@ -222,6 +227,11 @@ class Objects:
         if self.space.pages is not None and self._given > self.space.pages:
             return 0
         return self.world.give(machine)
+
+    def _down_write(self, machine: Machine) -> int:
+        """down_write() of a vma's lock in vma_start_write() of 6.12; any other is free."""
+        vma = machine.argument(0) & -RECORD
+        return self._start_write(vma) if 0 <= vma - self.vma(0) < RECORD * VMAS else 0
 
     def _splitter(self, name: str) -> Callable[[Machine], int]:
         def split(machine: Machine) -> int:
@@ -283,11 +293,7 @@ def _huge_sizes(world: World) -> tuple[int, ...]:
     return (levels.contiguous["PTE"], levels.pmd.size, levels.contiguous["PMD"], *top)
 
 
-_OBJECTS: dict[int, tuple[World, Objects]] = {}
-
-
+@lru_cache(maxsize=1)
 def objects_of(world: World) -> Objects:
-    """The structures in `world`: made once."""
-    if id(world) not in _OBJECTS:
-        _OBJECTS[id(world)] = world, Objects(world)
-    return _OBJECTS[id(world)][1]
+    """The structures in `world`: made once for the cases that follow each other."""
+    return Objects(world)

@@ -70,7 +70,7 @@ class KernelWalk:
                 for walk_lock in (0, 3):
                     yield WalkCase(tree, va, va + 2 * page, mm=mm, counts=counts, walk_lock=walk_lock)
             yield WalkCase(tree, va, va, counts=counts)
-            if world.variant.install_pte:
+            if world.own.install_pte:
                 yield WalkCase(tree, va, va + page, (*ALL, "install_pte"), counts=counts)
         low, _ = simple(world, 0)
         for start, end in _corners(va, page):
@@ -99,7 +99,7 @@ class KernelWalk:
         tree = random_tree(world.space, rng, focus, ng=world.ng)
         start, end = _range(world, rng, rng.choice(focus))
         names = ALL if rng.random() < 0.5 else tuple(name for name in ALL if rng.random() < 0.7)
-        if world.variant.install_pte and rng.random() < 0.02:
+        if world.own.install_pte and rng.random() < 0.02:
             names = (*names, "install_pte")
         return WalkCase(
             tree,

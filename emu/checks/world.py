@@ -76,6 +76,7 @@ Script = dict[int, Reaction]  # by the number of the call, from 0
 class World:
     """See the module. `machine`: for the real code. `space`: for trees. `model_memory`: the model's.
 
+    `own`: the row that the image asks for; `variant`: the one that the model follows, the same unless told otherwise.
     `ng`: arm64_use_ng_mappings is 1. `wide`: with all the VA bits of the build (52), on the model MMU.
     """
 
@@ -84,7 +85,8 @@ class World:
     ) -> None:
         subject = KernelSubject(image)
         self.image, self.ng = image, ng
-        self.variant = variant or subject.variant()
+        self.own = subject.variant()
+        self.variant = variant or self.own
         bits, mmu = (image.layout.va_bits, "model") if wide else (None, "cpu")
         features = CPUS["max"] if wide else coldboot.UNICORN
         self.made = coldboot.template(image, ng=ng, va_bits=bits, features=features).thaw()
@@ -111,9 +113,10 @@ class World:
         self.machine.watch([self.arena, (pool[0], pool[1] - ARENA)], self._on_event)
         self._set_up_stubs()
         self.poke("init_mm", self.linear(self.root), member="mm_struct.pgd")
-        if variant is None and self.variant.locks.has_walk_lock and not self.variant.install_pte:
-            self.variant = replace(self.variant, reset_before_none=self._resets_before_none())
-            self.bits = replace(self.bits, variant=self.variant)
+        if self.own.locks.has_walk_lock and not self.own.install_pte:
+            self.own = replace(self.own, reset_before_none=self._resets_before_none())
+        if variant is None:
+            self.variant, self.bits = self.own, replace(self.bits, variant=self.own)
         self._fresh = self.machine.save(), self.model_memory.written()
 
     # ---- the machine's variables
@@ -222,7 +225,7 @@ class World:
         for name in names:
             offset = self.offset("mm_walk_ops", name)
             table[offset : offset + 8] = self.callback(name).to_bytes(8, "little")
-        if self.variant.locks.has_walk_lock:
+        if self.own.locks.has_walk_lock:
             offset = self.offset("mm_walk_ops", "walk_lock")
             table[offset : offset + 4] = walk_lock.to_bytes(4, "little")
         self.store(at, int.from_bytes(table, "little"), len(table))
@@ -318,9 +321,7 @@ class World:
             linear_offset=self.linear_offset,
         )
 
-    def call(
-        self, function: str, *args: int, blocks: int | None = None, timeout: float | None = TIMEOUT
-    ) -> CallResult:
+    def call(self, function: str, *args: int, blocks: int | None = None, timeout: float | None = TIMEOUT) -> CallResult:
         """Calls the real function; its events are collected for `real`. `timeout`: seconds of wall clock."""
         self._state[0] = 0
         self._events = []

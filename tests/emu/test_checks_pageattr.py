@@ -19,7 +19,7 @@ from emu.checks import pageattr as pageattr_checks
 from emu.checks.campaign import Worlds
 from emu.checks.harness import Harness, differences
 from emu.checks.patches import alternatives, capability, static_key
-from emu.checks.surroundings import CAPABILITIES, PATCHED, requires_bbml
+from emu.checks.surroundings import CAPABILITIES, PATCHED, REALM, requires_bbml
 from emu.checks.world import World
 from kernel_model import apply, pageattr, split, stores
 from kernel_model.mm import Kernel
@@ -213,7 +213,7 @@ def test_a_cold_7_3_has_the_places_that_a_booted_one_patches() -> None:
     image = kernel_image(_SEVEN)
     for name, text in CAPABILITIES.items():
         assert alternatives(image, capability(image, text), PATCHED), name
-    assert len(static_key(image, "rsi_present")) > 3
+    assert len(static_key(image, "rsi_present", REALM)) > 3
     assert requires_bbml(image) == "linear_map_requires_bbml3"
     assert capability(image, "no such feature") is None
 

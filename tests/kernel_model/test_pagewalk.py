@@ -19,12 +19,12 @@ from kernel_model.pagewalk import (
     MmWalkOps,
     walk_pgd_range,
 )
+from kernel_model.variants import by_name
 from kernel_model.walkers import (
     walk_kernel_page_table_range,
     walk_kernel_page_table_range_lockless,
     walk_page_range_novma,
 )
-from kernel_model.variants import by_name
 from pgtable import Format, Granule, PhysicalMemory
 from pgtable.build import TableBuilder
 
