@@ -62,12 +62,20 @@ class Worlds:
 
     def __init__(self, image: KernelImage, variant: Variant | None = None) -> None:
         self.image, self.variant = image, variant
-        self._made: dict[str, World] = {}
+        self._made: dict[tuple[str, str], World] = {}
 
     def __getitem__(self, flavour: str) -> World:
-        if flavour not in self._made:
-            self._made[flavour] = World(self.image, variant=self.variant, **FLAVOURS[flavour])
-        return self._made[flavour]
+        return self._world(flavour, "")
+
+    def of(self, harness: Harness, flavour: str) -> World:
+        """The world that a harness runs in: harnesses whose stubs would get in each other's way have their own."""
+        return self._world(flavour, getattr(harness, "stubs", ""))
+
+    def _world(self, flavour: str, stubs: str) -> World:
+        key = flavour, stubs
+        if key not in self._made:
+            self._made[key] = World(self.image, variant=self.variant, **FLAVOURS[flavour])
+        return self._made[key]
 
     def flavours(self, harness: Harness) -> list[str]:
         """Those of a harness that this image can run."""
@@ -97,7 +105,7 @@ def run_function(
     share = cases // (2 * len(flavours)) if len(flavours) > 1 else 0
     for flavour in flavours:
         count = cases - share * (len(flavours) - 1) if flavour == flavours[0] else share
-        world = worlds[flavour]
+        world = worlds.of(harness, flavour)
         coverage = Coverage(world.machine, cover, executed) if cover else None
         if coverage:
             coverage.start()
@@ -233,7 +241,7 @@ def run_all(
 
 def run_stored(worlds: Worlds, harness: Harness, flavour: str, case: Any) -> FunctionReport:
     """One case as it is."""
-    world = worlds[flavour]
+    world = worlds.of(harness, flavour)
     checked = harness.run(world, case)
     report = FunctionReport(harness.function, 1, len(checked.real.events) + len(checked.real.words) + 1)
     found = tuple(differences(world, checked))

@@ -56,7 +56,7 @@ def compare(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Changelog:
     """Runs `cases` random cases, and the prepared ones, through both kernels."""
-    a, b = worlds[0]["plain"], worlds[1]["plain"]
+    a, b = (each.of(harness, "plain") for each, harness in zip(worlds, harnesses, strict=True))
     log = Changelog((harnesses[0].function, harnesses[1].function), (a.image.release, b.image.release), seed)
     start, groups = time.monotonic(), dict[str, Group]()
     for i, case in enumerate(cases_of(a, harnesses[0], "plain", cases, seed)):

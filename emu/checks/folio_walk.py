@@ -50,6 +50,7 @@ class FolioWalkStart:
     """The harness of folio_walk_start()."""
 
     worlds = ("plain", "wide")
+    stubs = "vmas"
 
     def __init__(self, function: str = "folio_walk_start") -> None:
         self.function = function
@@ -292,6 +293,7 @@ class HugePteOffset:
     """The harness of huge_pte_offset()."""
 
     worlds = ("plain", "wide")
+    stubs = "vmas"
 
     def __init__(self, function: str = "huge_pte_offset") -> None:
         self.function = function

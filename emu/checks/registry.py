@@ -23,6 +23,14 @@ HARNESSES: dict[str, tuple[str, str]] = {
     "walk_kernel_page_table_range": _WALKS,
     "walk_kernel_page_table_range_lockless": _WALKS,
     "walk_page_range_debug": _WALKS,
+    "walk_page_range": _USER,
+    "walk_page_range_mm_unsafe": _USER,
+    "walk_page_range_vma": _USER,
+    "walk_page_range_vma_unsafe": _USER,
+    "walk_page_vma": _USER,
+    "walk_page_mapping": _USER,
+    "folio_walk_start": ("emu.checks.folio_walk", "FolioWalkStart"),
+    "huge_pte_offset": ("emu.checks.folio_walk", "HugePteOffset"),
     "set_memory_ro": _PAGEATTR,
     "set_memory_rw": _PAGEATTR,
     "set_memory_nx": _PAGEATTR,
@@ -51,7 +59,8 @@ WHOLES: dict[str, tuple[str, str]] = {
     "kfence": ("emu.checks.kfence", "kfence_handle_page_fault"),
 }
 
-# Functions whose compiled code is to be reached, basic block by basic block, if the kernel has them.
+# Functions whose compiled code is to be reached, basic block by basic block, if the kernel has them. (A walk_pud_range
+# that is a symbol is mm/vmscan.c's: that of pagewalk.c is inlined.)
 COVERED = (
     "walk_page_range",
     "walk_page_range_mm_unsafe",
@@ -66,7 +75,6 @@ COVERED = (
     "walk_page_test",
     "__walk_page_range",
     "walk_pgd_range",
-    "walk_pud_range",
     "walk_pte_range_inner",
     "folio_walk_start",
     "set_memory_ro",

@@ -9,7 +9,7 @@ from typing import Any
 
 from emu.checks.trees import TARGET_PA, Grower, Kind, Tree, random_tree
 from emu.checks.vmas import VMAS, Area, Space, objects_of
-from emu.checks.world import Reaction, Script, World
+from emu.checks.world import Reaction, Script, World, shown
 from kernel_model.levels import U64
 
 FUNCTIONS = (
@@ -29,7 +29,10 @@ FREE, READ, WRITE = 0, 0x100, 1  # counts of an rwsem
 
 @dataclass(frozen=True)
 class UserCase:
-    """One call. `start`, `end`: addresses, for walk_page_mapping page offsets. `vma`: which one is the argument."""
+    """One call. `start`, `end`: addresses, for walk_page_mapping page offsets. `vma`: which one is the argument.
+
+    `lazy`: the task is in lazy MMU mode (7.x).
+    """
 
     tree: Tree
     space: Space
@@ -39,6 +42,15 @@ class UserCase:
     script: Script = field(default_factory=dict)
     walk_lock: int = 0
     vma: int = 0
+    lazy: bool = False
+
+    def __str__(self) -> str:
+        script = ", ".join(f"{at}: {shown(reaction)}" for at, reaction in sorted(self.script.items()))
+        areas = ", ".join(f"[{a.start:#x}, {a.end:#x}) huge {a.huge_size:#x} {a.locked}" for a in self.space.areas)
+        return (
+            f"[{self.start:#x}, {self.end:#x}) vma {self.vma} of {areas or 'none'}, mmap lock {self.space.count:#x}, "
+            f"walk_lock {self.walk_lock}, callbacks {' '.join(self.callbacks)}, script {{{script}}}; {self.tree}"
+        )
 
 
 # ---- prepared cases
@@ -166,6 +178,12 @@ def _installs(function: str, world: World) -> Iterator[UserCase]:
     leaf = world.space.fmt.leaf(3).pack(VALID=1, TYPE=1, AF=1, UXN=1, OA=TARGET_PA)  # ordered for the walker
     page = world.levels.page_size
     yield _full_run(function, world)
+    last = len(world.space.tables) - 1
+    tree, va = plain(world, last, Kind.NONE)
+    ordered: Script = {i: Reaction(store=leaf) for i in range(3)}
+    names = ("install_pte", "pte_entry")
+    made = _one_vma(function, world, tree, va, 3 * page, callbacks=names, script=ordered)
+    yield replace(made, lazy=world.own.lazy_barriers)
     for depth, level in enumerate(world.space.tables):
         for kind in (Kind.NONE, Kind.LEAF, Kind.PRESENT_INVALID, Kind.LOST_VALID):
             tree, va = plain(world, depth, kind)

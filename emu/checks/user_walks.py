@@ -32,6 +32,7 @@ class UserWalk:
     """The harness of one of the functions."""
 
     worlds = ("plain", "wide")
+    stubs = "vmas"
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -66,6 +67,7 @@ class UserWalk:
 
     def _model(self, world: World, kernel: Kernel, case: UserCase) -> int:
         mm = objects_of(world).model(kernel)
+        kernel.lazy.enable_count = int(case.lazy)
         ops = Recorder(kernel, case.script, world.arena).ops(case.callbacks, case.walk_lock)
         function: Callable[..., int] = getattr(walkers, self.function)
         if self.function in OF_MM:
@@ -89,7 +91,13 @@ class UserWalk:
             args = (objects.mapping, case.start, case.end - case.start)
         else:
             args = (objects.vma(case.vma), *((case.start, case.end) if self.function != "walk_page_vma" else ()))
-        return world.call(self.function, *args, ops, 0, timeout=timeout)
+        if case.lazy:
+            world.store(world.plan.task + world.offset("task_struct", "lazy_mmu_state.enable_count"), 1, 1)
+        result = world.call(self.function, *args, ops, 0, timeout=timeout)
+        if case.lazy:  # what is pending is a flag of the thread
+            world.store(world.plan.task + world.offset("task_struct", "lazy_mmu_state.enable_count"), 0, 1)
+            world.store(world.plan.task + world.offset("task_struct", "thread_info.flags"), 0)
+        return result
 
     # ---- rows, shrinking
 
