@@ -79,14 +79,15 @@ def _text(tables: Iterable[Table], config: str) -> str:
         lines += ["", f"{name}: {sentence}"]
         rows = [(key, list(group)) for key, group in groupby(found, lambda c: (c.entry, c.walk_lock, c.mm))]
         for columns, same in groupby(rows, lambda row: tuple(cell.held for cell in row[1])):
-            lines += ["", _line(("entry point", "walk_lock", "mm"), columns)]
-            lines += [_line(key, [_shown(cell) for cell in group]) for key, group in same]
+            width = max(8, *(len(cell.mm) for cell in found))
+            lines += ["", _line(("entry point", "walk_lock", "mm"), columns, width)]
+            lines += [_line(key, [_shown(cell) for cell in group], width) for key, group in same]
         lines += ["", *(f"kernel tables are also freed by {who}: {how}" for who, how in freed.items())]
     return "\n".join(lines)
 
 
-def _line(key: tuple[str, str, str], columns: Iterable[str]) -> str:
-    head = f"{key[0]:38} {key[1]:18} {key[2]:8}"
+def _line(key: tuple[str, str, str], columns: Iterable[str], width: int) -> str:
+    head = f"{key[0]:38} {key[1]:18} {key[2]:{width}}"
     return (head + "".join(f" {column:22}" for column in columns)).rstrip()
 
 

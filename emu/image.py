@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -115,6 +116,23 @@ class KernelImage:
             return relocations(self.data, self.base, self.symbols).move(self.data, by)
         except relocate.RelocationError as error:
             raise ImageError(f"{self.name} cannot be moved: {error}") from None
+
+
+    def moved(self, by: int) -> KernelImage:
+        """The same kernel as it reads and is named when it runs `by` bytes above its link address (KASLR).
+
+        Raises ImageError where the image does not say which words change.
+        """
+        if not by:
+            return self
+        old, base = self._reading, self.base + by
+        entries = old.symbols.entries.shifted(by)
+        symbols = Symbols.sorted(entries, old.symbols.sources, old.symbols.repeated, base + self.size)
+        layout = replace(old.layout, kimage_vaddr=base)
+        data = self.displaced(by)
+        data.flags.writeable = False
+        reading = replace(old, base=base, data=data, symbols=symbols, layout=layout)
+        return KernelImage(self.name, reading, self._place)
 
 
 def _resolve(name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kernel_model import walkers
 from kernel_model.levels import Levels
-from kernel_model.locks import Config, WalkLock
+from kernel_model.locks import Check, Config, WalkLock
 from kernel_model.mm import Bug, Kernel, Mm, Rwsem, Vma, Warn
 from kernel_model.names import Bits
 from kernel_model.pagewalk import MmWalkOps
@@ -26,6 +26,8 @@ READER, WRITER = 0x100, 1
 START, PAGE = 0x10_0000, 4096
 LEVELS = Levels(12, 4, 48, 48)
 VMALLOC = (0xFFFF_8000_0000_0000, 0xFFFF_FC00_0000_0000)
+LINEAR = 0xFFFF_0000_0800_0000
+INIT, INIT_LINEAR, USER = "init_mm", "init_mm, linear map", "user"
 
 PROCEEDS, EINVAL, WARNS, BUG = "proceeds", "-EINVAL", "WARN, proceeds", "assertion fails"
 OWNER, UNSAFE = "owner only", "UNSAFE, silent"
@@ -117,28 +119,31 @@ def cells(variant: Variant, config: Config = Config.SHIPPED) -> Iterator[Cell]:
             and variant.locks.third != "NOLOCK"
         ):
             names = {0: "any"}
-        for mm, (value, name) in product(_mms(entry), names.items()):
+        for mm, (value, name) in product(_mms(variant, entry), names.items()):
             yield from (_cell(variant, config, entry, value, name, mm, held) for held in _held(entry, mm, config))
 
 
-def _mms(entry: str) -> tuple[str, ...]:
+def _mms(variant: Variant, entry: str) -> tuple[str, ...]:
+    """What is walked: of init_mm a vmalloc address, and one of the linear map where that is asked for."""
+    if Check.NOT_VMALLOC in variant.locks.entries[entry]:
+        return (INIT, INIT_LINEAR, USER)
     if entry in ("walk_page_range_novma", "walk_page_range_debug"):
-        return ("init_mm", "user")
-    return ("init_mm",) if entry.startswith("walk_kernel") else ("user",)
+        return (INIT, USER)
+    return (INIT,) if entry.startswith("walk_kernel") else (USER,)
 
 
 def walked(entry: str, mm: str) -> str:
     """What a call walks: a key of REQUIRED."""
     if entry == "walk_page_mapping":
         return "mapping"
-    if mm == "init_mm":
+    if mm != USER:
         return "kernel"
     return "tables" if entry in ("walk_page_range_novma", "walk_page_range_debug") else "vma"
 
 
 def _held(entry: str, mm: str, config: Config) -> Iterator[Held]:
     what = walked(entry, mm)
-    if entry == "walk_page_range_debug" and mm == "user":
+    if entry == "walk_page_range_debug" and mm == USER:
         yield from HELD_BOTH
     else:
         yield from {"kernel": HELD_KERNEL, "tables": HELD_USER, "vma": HELD_VMA, "mapping": HELD_MAPPING}[what]
@@ -188,8 +193,8 @@ def _call(kernel: Kernel, entry: str, mm: str, lock: int, held: Held) -> int:
     user.vmas = [vma]
     ops = MmWalkOps(walk_lock=lock)
     function = getattr(walkers, entry)
-    space = kernel.init_mm if mm == "init_mm" else user
-    start = VMALLOC[0] if mm == "init_mm" else START
+    space = user if mm == USER else kernel.init_mm
+    start = {INIT: VMALLOC[0], INIT_LINEAR: LINEAR, USER: START}[mm]
     if entry in ("walk_page_vma", "walk_page_range_vma", "walk_page_range_vma_unsafe"):
         span = () if entry == "walk_page_vma" else (start, start + PAGE)
         return int(function(kernel, vma, *span, ops))

@@ -136,6 +136,17 @@ class PhysicalMemory:
             memory._adopt(base, mmap.mmap(file, size), file=file)
         return memory
 
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str], parts: Sequence[tuple[int, int, int]]) -> PhysicalMemory:
+        """RAM whose content is in a file, each part (base, size, offset in the file): shared with everybody until it
+        is written, as after `Frozen.thaw`. Raises ValueError for offsets that cannot be mapped."""
+        memory = cls()
+        with open(path, "rb") as file:
+            for base, size, offset in parts:
+                flags = mmap.MAP_PRIVATE
+                memory._adopt(base, mmap.mmap(file.fileno(), size, flags=flags, offset=offset), private=True)
+        return memory
+
     def add(self, base: int, size: int) -> None:
         """Adds zero-filled RAM at PAs [base, base + size)."""
         self._check(base, size)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernel_model": {"pgtable", "numpy"},
     "emu": {
         *("pgtable", "kernel_model", "numpy", "unicorn", "capstone", "elftools", "click", "rich", "platformdirs"),
-        "backports",
+        *("backports", "qemu"),
     },
 }
 
@@ -30,6 +30,7 @@ COMPOSE = {"check.py", "scenarios.py", "demo.py"}  # and cli*.py, and the folder
 ONLY = {
     "unicorn": {"engine.py"},
     "capstone": {"exceptions.py"},
+    "qemu": {"boot.py"},
     "click": {"demo.py"},  # and cli*.py
     "rich": set(),
 }

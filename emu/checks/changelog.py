@@ -19,7 +19,7 @@ from emu.checks.world import World
 from kernel_model.compare import RUNAWAY, Outcome
 from kernel_model.mm import Callback, Event, Warn, Write
 
-SHRINK_TRIES = 150
+SHRINK_TRIES = 60  # for each way in which two kernels differ
 
 
 @dataclass
