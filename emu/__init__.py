@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emu.image import KernelImage
     from emu.machine import CallResult, Machine
+    from emu.snapshot import Snapshot
 
-_HOME = {"CallResult": "emu.machine", "KernelImage": "emu.image", "Machine": "emu.machine"}
+_HOME = {
+    "CallResult": "emu.machine",
+    "KernelImage": "emu.image",
+    "Machine": "emu.machine",
+    "Snapshot": "emu.snapshot",
+}
 
-__all__ = ["CallResult", "KernelImage", "Machine"]
+__all__ = ["CallResult", "KernelImage", "Machine", "Snapshot"]
 
 
 def __getattr__(name: str) -> Any:

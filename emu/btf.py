@@ -43,13 +43,15 @@ class BtfError(LookupError):
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a struct or union: `offset` in bytes; `bits` is a bit field's width, else 0."""
+    """A member of a struct or union: `offset` in bytes; `bits` is a bit field's width, else 0, and `bit` its lowest
+    bit, counted from `offset`."""
 
     name: str
     offset: int
     size: int
     bits: int
     type_id: int
+    bit: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,54 @@ class Btf:
             raise BtfError(f"{name} is not an enum in this kernel's BTF")
         return dict(self._enumerators(found))
 
+    # by number, for readers of values
+
+    def id_of(self, name: str) -> int:
+        """The number of the type called `name`, without its typedefs. Raises BtfError."""
+        return self._plain(self._named(name))
+
+    def name_of(self, type_id: int) -> str:
+        """The name of a type, "" where it has none."""
+        return self._type(type_id).name
+
+    def kind(self, type_id: int) -> int:
+        """The kind of the type behind typedefs and qualifiers (INT, PTR ...)."""
+        return self._type(self._plain(type_id)).kind if type_id else 0
+
+    def members_of(self, type_id: int) -> list[Member]:
+        """The members of a struct or union."""
+        return list(self._members(self._plain(type_id)))
+
+    def size_of(self, type_id: int) -> int:
+        """The size of a type in bytes."""
+        return self._size_of(type_id)
+
+    def array(self, type_id: int) -> tuple[int, int]:
+        """An array's element type and its length."""
+        at = self._type(self._plain(type_id)).at
+        return int(self._words[at]), int(self._words[at + 2])
+
+    def encoding(self, type_id: int) -> int:
+        """An integer's encoding (1: signed, 2: character, 4: truth value); 1 for a signed enum; 0 for others."""
+        plain = self._type(self._plain(type_id))
+        if plain.kind in (ENUM, ENUM64):
+            return int(plain.kflag)
+        return int(self._words[plain.at]) >> 24 & 15 if plain.kind == INT else 0
+
+    def enumerators(self, type_id: int) -> list[tuple[str, int]]:
+        """An enum's names and values."""
+        return list(self._enumerators(self._type(self._plain(type_id))))
+
+    def returns(self, function: str) -> str:
+        """The name of the struct or union that `function` returns a pointer to; "" for all else."""
+        for type_id in self._ids(function):
+            if self._type(type_id).kind == FUNC:
+                result = self._type(self._type(type_id).size_or_type).size_or_type
+                if result and self.kind(result) == PTR:
+                    target = self._type(self._plain(result)).size_or_type
+                    return self.name_of(self._plain(target)) if self.kind(target) in _RECORDS else ""
+        return ""
+
     # records
 
     def _type(self, type_id: int) -> _Type:
@@ -170,13 +220,18 @@ class Btf:
         return ids[0]
 
     def _look_up(self, name: str) -> list[int]:
-        at = self._strings.find(b"\0" + name.encode() + b"\0") + 1
-        if not name or not at:
-            return []
-        ids = np.flatnonzero(self._words[self.index] == at) + 1
+        ids = self._ids(name)
         kinds = {int(i): self._type(int(i)).kind for i in ids}
         wanted = _SIZED | {TYPEDEF}
         return sorted((i for i in kinds if kinds[i] in wanted), key=lambda i: (kinds[i] == TYPEDEF, i))
+
+    def _ids(self, name: str) -> list[int]:
+        """Every type of that name, functions too."""
+        at = self._strings.find(b"\0" + name.encode() + b"\0") + 1
+        if not name or not at:
+            return []
+        found: list[int] = (np.flatnonzero(self._words[self.index] == at) + 1).tolist()
+        return found
 
     def _plain(self, type_id: int) -> int:
         """The type behind typedefs and qualifiers."""
@@ -199,7 +254,8 @@ class Btf:
             raise BtfError(f"{outer.name or 'a type without a name'} has no members in this kernel's BTF")
         for name, member_type, place in self._parts(outer, 3):
             bits, place = (place >> 24, place & 0xFFFFFF) if outer.kflag else (0, place)
-            yield Member(self._string(name), place // 8, self._size_of(member_type), bits, member_type)
+            size = self._size_of(member_type)
+            yield Member(self._string(name), place // 8, size, bits, member_type, place % 8)
 
     def _find_member(self, type_id: int, name: str) -> Member | None:
         """The member `name`, also inside members without a name."""

@@ -14,12 +14,13 @@ import click
 
 # Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
 COMMANDS = {
-    "call": ("emu.cli_run:call", "Call a kernel function on cold-booted tables and show what it did."),
+    "call": ("emu.cli_run:call", "Call a function of a cold-booted or booted kernel and show what it did."),
     "callers": ("emu.cli_callers:callers", "Who calls a function of a compiled kernel, and who takes its address."),
     "check": ("emu.cli_check:check", "Run kernel functions and compare them with the model's prediction."),
     "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
+    "snapshot": ("emu.cli_snapshot:snapshot", "Boot a kernel in QEMU and keep it; what a snapshot holds."),
     "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),
 }
 

@@ -1,4 +1,4 @@
-"""`pgtable call`: a kernel function on cold-booted tables; and what all commands with --kernel share."""
+"""`pgtable call`: a kernel function, by default on cold-booted tables; and what all commands with --kernel share."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def bad_input() -> Iterator[None]:
     from emu.coldboot import BootError
     from emu.image import ImageError, SymbolError
     from emu.kernels import KernelError
+    from emu.snapshot import SnapshotError
     from kernel_model.variants import UnknownVariant
     from pgtable.build import MapError
 
     try:
         yield
-    except (ImageError, KernelError, BootError, SymbolError, UnknownVariant, MapError) as error:
+    except (ImageError, KernelError, BootError, SymbolError, UnknownVariant, MapError, SnapshotError) as error:
         raise CommandError(str(error)) from None
 
 
@@ -58,7 +59,8 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
 @click.command()
 @click.argument("function")
 @click.argument("arguments", nargs=-1)
-@_KERNEL
+@click.option("--kernel", "source", metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
+@click.option("--snapshot", "snapshot", metavar="FILE", help="A booted kernel (`pgtable snapshot boot`) instead.")
 @_SYMBOLS
 @click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of wall clock.")
@@ -68,43 +70,53 @@ def call(
     ctx: click.Context,
     function: str,
     arguments: tuple[str, ...],
-    source: str,
+    source: str | None,
+    snapshot: str | None,
     symbols: str | None,
     order: bool,
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Call FUNCTION of a cold-booted kernel, a symbol or an address, with up to eight integer ARGUMENTS: numbers,
-    symbols, or lin:PA for a linear address. Numbers below 0 come after `--`.
+    """Call FUNCTION of a kernel, a symbol or an address, with up to eight integer ARGUMENTS: numbers, symbols, or
+    lin:PA for a linear address. Numbers below 0 come after `--`.
 
-    Exit code 1 if the call does not return.
+    With --kernel on cold-booted tables, with --snapshot on a kernel that has booted; there also "strings", and several
+    calls with a comma between them, where `$1` is what the first returned. Exit code 1 if a call does not return.
     """
     from emu.machine import Machine
 
+    if (source is None) == (snapshot is None):
+        raise CommandError("call: give --kernel KERNEL or --snapshot FILE")
+    if snapshot is not None:
+        from emu.cli_snapshot import call_on
+
+        done = call_on(snapshot, (function, *arguments), order=order, timeout=timeout, as_json=as_json)
+        ctx.exit(0 if done else 1)
+    assert source
     if len(arguments) > 8:
         raise CommandError(f"{len(arguments)} arguments: a call passes at most 8 in registers")
-    target = _number(function) if re.fullmatch("0x[0-9a-fA-F]+", function) else function
+    target = number(function) if re.fullmatch("0x[0-9a-fA-F]+", function) else function
     image = load_image(source, symbols)
     with bad_input():
         machine = Machine.boot(image)
         values = [_argument(text, machine) for text in arguments]
         result = machine.call(target, *values, timeout=timeout, record="order" if order else "changes")
-    text = result_json(function, result) if as_json else None
+    text = {"schema": "pgtable.call/1", **call_json(function, result)} if as_json else None
     click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
     ctx.exit(1 if result.stop else 0)
 
 
 def _argument(text: str, machine: Any) -> int:
     if text.startswith("lin:"):
-        return int(machine.plan.linear_va(_number(text[4:], text)))
+        return int(machine.plan.linear_va(number(text[4:], text)))
     name, _, offset = text.partition("+")
     if machine.image and name in machine.image.symbols:
-        return int(machine.image.symbols[name]) + (_number(offset, text) if offset else 0)
-    return _number(text)
+        return int(machine.image.symbols[name]) + (number(offset, text) if offset else 0)
+    return number(text)
 
 
-def _number(text: str, argument: str = "") -> int:
-    """The number in `text`, all of `argument` or a part of it."""
+def number(text: str, argument: str = "") -> int:
+    """The number in `text`, all of `argument` or a part of it. Raises CommandError."""
     argument = argument or text
     try:
         value = int(text, 0)
@@ -146,6 +158,7 @@ def result_lines(function: str, result: CallResult) -> list[str]:
     events = [str(e) for e in (result.events if result.events is not None else result.maintenance)]
     lines += _listed("in order" if result.events is not None else "TLB", events[:SHOWN], len(events))
     lines += _listed("warnings", [str(w) for w in result.warnings], len(result.warnings))
+    lines += [f"{'' if i else 'printed':12}{text}" for i, text in enumerate("\n".join(result.printed).splitlines())]
     if result.stop:
         lines.append("stopped     " + str(result.stop).replace("\n", "\n            "))
     return lines
@@ -161,14 +174,15 @@ def _listed(title: str, rows: list[str], count: int) -> list[str]:
 # JSON
 
 
-def result_json(function: str, result: CallResult) -> dict[str, Any]:
+def call_json(function: str, result: CallResult) -> dict[str, Any]:
     """What a call did, as `--json` prints it."""
+    printed = {"printed": list(result.printed)} if result.printed else {}
     return {
-        "schema": "pgtable.call/1",
         "function": function,
         "value": f"{result.value:#018x}",
         "signed": result.signed,
         **_result_parts(result),
+        **printed,
     }
 
 

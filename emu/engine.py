@@ -172,6 +172,14 @@ class Cpu:
         """X0 to X30."""
         return [int(v) for v in self.uc.reg_read_batch(X)]
 
+    def context(self) -> Any:
+        """All registers at once, for `set_context`: a hundred times faster than one by one."""
+        return self.uc.context_save()
+
+    def set_context(self, context: Any) -> None:
+        """Puts registers back, system registers and PSTATE too. What the TLB holds stays."""
+        self.uc.context_restore(context)
+
     def flush_tlb(self) -> None:
         """Drops every TLB entry (a change of tables from Python is seen at once)."""
         self.uc.ctl(uc_const.UC_CTL_TLB_FLUSH, uc_const.UC_CTL_IO_WRITE)

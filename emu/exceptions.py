@@ -20,7 +20,8 @@ from pgtable import Access, AccessType, Walk
 class Stop:
     """Why a run ended before its end.
 
-    `kind`: "fault", "bug", "undefined", "exception", "timeout", "budget" or "engine". `walk`: for a fault, the walk
+    `kind`: "fault", "bug", "undefined", "exception", "timeout", "budget" or "engine"; on a booted kernel also
+    "sleep", "idle", "ipi", "panic" or "device" (see emu.warm). `walk`: for a fault, the walk
     that explains it (None where the model finds nothing wrong). `disassembly` is around the PC, marked `=>`.
     """
 

@@ -60,7 +60,7 @@ class KernelImage:
         image's own. Raises ImageError.
         """
         name = os.fspath(source)
-        path = _resolve(name)
+        path = resolve(name)
         content = container.read_bytes(path)
         extra = b"" if symbols is None else container.read_bytes(symbols, symbolfile.NEEDED)
         place = imagecache.directory(_content_hash(content, extra))
@@ -135,7 +135,7 @@ class KernelImage:
         return KernelImage(self.name, reading, self._place)
 
 
-def _resolve(name: str) -> Path:
+def resolve(name: str) -> Path:
     if name.startswith(FETCHED):
         from emu.kernels import fetch
 

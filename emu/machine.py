@@ -25,6 +25,7 @@ from emu.image import KernelImage
 from emu.mmu import LATER, ModelMmu
 from emu.order import OrderRecorder
 from emu.trace import Barrier, Event, Maintenance, tlbi_name
+from emu.types import Types
 from pgtable import CPUS, Access, AccessType, Features, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
 from pgtable.memory import PAGE, Mark, Pages
 
@@ -55,7 +56,7 @@ class CallResult:
 
     `changes`: descriptors that differ, from a comparison. `maintenance`: TLBI in order. `events`: with
     record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30,
-    () with record="events".
+    () with record="events" or "nothing". `printed`: the messages of printk(), of a booted kernel.
     """
 
     value: int
@@ -65,6 +66,7 @@ class CallResult:
     stop: Stop | None
     events: tuple[Event, ...] | None = None
     x: tuple[int, ...] = ()
+    printed: tuple[str, ...] = ()
 
     @property
     def signed(self) -> int:
@@ -97,6 +99,7 @@ class State(NamedTuple):
     tables_used: int
     user_used: int
     later: tuple[int, ...] = ()  # registers of the model MMU that Unicorn's CPU has not
+    context: object = None  # all of Unicorn's registers, of a booted kernel
 
 
 @dataclass
@@ -262,6 +265,13 @@ class Machine:
             raise ValueError(f"{name}: a machine without a kernel has no symbols")
         return self.image.symbols[name]
 
+    @property
+    def types(self) -> Types:
+        """The kernel's C types, to read memory by: `types["vm_struct"].at(va)`. Raises BtfError without BTF."""
+        if self.image is None:
+            raise ValueError("a machine without a kernel has no types")
+        return Types(self.image.btf, self.read, self.describe)
+
     def describe(self, pc: int) -> str:
         """`symbol+0x12`, or the address in hex."""
         if self.image is None or not self.image.base <= pc < self.image.base + self.image.size:
@@ -349,7 +359,7 @@ class Machine:
             warnings=tuple(self._now.warnings),
             stop=stop,
             events=tuple(self._order.events) if record in ("order", "events") else None,
-            x=() if record == "events" else tuple(self.cpu.general()),
+            x=() if record in ("events", "nothing") else tuple(self.cpu.general()),
         )
 
     def run(

@@ -22,6 +22,8 @@ class NullCall(Exception):  # noqa: N818  what the kernel does: it calls a NULL 
 def split_huge_pmd(kernel: Kernel, pmd: int, addr: int) -> None:
     """split_huge_pmd(): huge, device-mapped and non-present entries."""
     value, bits = kernel.read(pmd), kernel.bits
+    if not kernel.variant.thp:
+        return
     if (value and not bits.pmd_present(value)) or bits.pmd_trans_huge(value) or bits.devmap(value):
         kernel.call_out("__split_huge_pmd", pmd, addr)
 
@@ -29,6 +31,8 @@ def split_huge_pmd(kernel: Kernel, pmd: int, addr: int) -> None:
 def pmd_trans_unstable(kernel: Kernel, pmd: int) -> bool:
     """pmd_trans_unstable() of 6.1: the entry is not a table; a bad one is cleared. PTE_DEVMAP is not asked for."""
     value, bits = kernel.read(pmd), kernel.bits
+    if not kernel.variant.thp:
+        return False
     if value == 0 or bits.pmd_trans_huge(value) or not bits.pmd_present(value):
         return True
     return _cleared_if_bad(kernel, pmd, value)

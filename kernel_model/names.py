@@ -199,18 +199,20 @@ class Bits:
 
     def pmd_trans_huge(self, val: int) -> bool:
         """pmd_trans_huge(): 6.1 asks for a word without the table bit, later kernels for what would be no table."""
+        if not self.variant.thp:
+            return False
         if self.variant.prot_none_58:
             return self.pmd_present(val) and not val & self.TYPE
         return self.pmd_present(val) and not self.pxd_table(val | self.VALID)
 
     def devmap(self, val: int) -> bool:
         """pmd_devmap()."""
-        return self.variant.devmap and bool(val & self.leaf["IGNORED_58_55"].put(0, 4))
+        return self.variant.devmap and self.variant.thp and bool(val & self.leaf["IGNORED_58_55"].put(0, 4))
 
     def is_migration_entry(self, val: int) -> bool:
         """is_pmd_migration_entry() of 6.12, for a word that is not present: __swp_type() is one of the three kinds."""
         field = self.leaf["AP"].mask | self.SHARED | self.AF
-        return (val & field) // (field & -field) in MIGRATION_TYPES
+        return self.variant.thp and (val & field) // (field & -field) in MIGRATION_TYPES
 
     def swp_offset_phys(self, val: int, page_size: int) -> int:
         """PA of the page that a migration entry names: swp_offset_pfn(), the bits above nG within the PA size."""

@@ -30,7 +30,8 @@ class Variant:
     map. `rodata_on_is_full`: what rodata=on means, and which other words there are.
     flush_tlb_kernel_range: `flush_rounds`: to whole pages, and by range where the CPU can; `flush_limit_inclusive`:
     PTRS_PER_PTE pages flush all.
-    User memory: `locks`: see locks.py. `devmap`: PTE_DEVMAP exists.
+    User memory: `locks`: see locks.py. `devmap`: PTE_DEVMAP exists. `thp`: CONFIG_TRANSPARENT_HUGEPAGE,
+    which PREEMPT_RT excludes.
     `clears_absent_pmd`: pte_offset_map() clears a pmd that is neither present nor a migration entry, as a bad one.
     `fw_migration`: folio_walk_start() knows FW_MIGRATION. `has_normal_page_pud`: it asks vm_normal_page_pud().
     ptdump: `ptdump_folds`: a level folded at run time is named PGD (else names follow the configured levels).
@@ -70,6 +71,7 @@ class Variant:
     ptdump_lockless: bool
     locks: Locks = L_SPLIT
     devmap: bool = True
+    thp: bool = True
     clears_absent_pmd: bool = False
     fw_migration: bool = False
     has_normal_page_pud: bool = False
@@ -176,10 +178,12 @@ def detect(symbols: Container[str], has_member: Callable[[str, str], bool]) -> V
 
     Raises UnknownVariant for an image without any of the functions that tell.
     """
+    thp = "__split_huge_pmd" in symbols
     # Linux 6.18 gave pageattr.c the lockless walk ("arm64: pageattr: Use pagewalk API", a660194dd101).
     if "walk_kernel_page_table_range_lockless" in symbols:
         return replace(
             V7,
+            thp=thp,
             contpte="contpte_ptep_get" in symbols,
             kfence_fault="kfence_handle_fault" in symbols,
             kfence_splits_pool="arch_kfence_init_pool" in symbols,
@@ -190,8 +194,8 @@ def detect(symbols: Container[str], has_member: Callable[[str, str], bool]) -> V
         )
     # Linux 6.5 gave mm_walk_ops its walk_lock ("mm: enable page walking API to lock vmas during the walk").
     if not has_member("mm_walk_ops", "walk_lock"):
-        return V6_1
+        return replace(V6_1, thp=thp)
     # 6.12's stable updates brought note_page_flush() of "mm/ptdump: split note_page() into level specific callbacks".
     variant = V6_12_NOVMA if "walk_page_range_novma" in symbols else V6_12
     ends = has_member("ptdump_pg_state", "end_address")
-    return replace(variant, ptdump_ends=ends, contpte="contpte_ptep_get" in symbols)
+    return replace(variant, thp=thp, ptdump_ends=ends, contpte="contpte_ptep_get" in symbols)

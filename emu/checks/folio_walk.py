@@ -101,7 +101,8 @@ class FolioWalkStart:
         self._zero_pages(world)
         kernel = world.kernel()
         ram = world.plan.ram[0]
-        kernel.settings.zero_page, kernel.settings.huge_zero_page = ram + ZERO, ram + HUGE_ZERO
+        kernel.settings.zero_page = ram + ZERO
+        kernel.settings.huge_zero_page = ram + HUGE_ZERO if world.own.thp else -1
         predicted = world.predicted(kernel, lambda: self._model(world, kernel, case))
         real = self._real(world, objects, case)
         return Checked(predicted, real, _rows(world, predicted))
@@ -110,7 +111,8 @@ class FolioWalkStart:
         shift, ram = world.levels.page_shift, world.plan.ram[0]
         small = "zero_pfn" if "zero_pfn" in world.image.symbols else "zero_page_pfn"
         world.poke(small, ram + ZERO >> shift)
-        world.poke("huge_zero_pfn", ram + HUGE_ZERO >> shift)
+        if "huge_zero_pfn" in world.image.symbols:
+            world.poke("huge_zero_pfn", ram + HUGE_ZERO >> shift)
 
     def _page(self, world: World, case: FolioCase) -> int:
         """What vm_normal_page() returns, by PA; 0 for none."""
@@ -163,7 +165,10 @@ class FolioWalkStart:
         members = [world.offset("folio_walk", name) for name in ("page", "ptep", "pte", "ptl", "level")]
         page, entry, value, lock, level = (memory.fetch(at + member) for member in members)
         of_mm = lock == objects.mm + world.offset("mm_struct", "page_table_lock")
-        owner = -1 if of_mm else self._pa(world, lock - world.offset("ptdesc", "ptl"))
+        if world.image.btf.size("spinlock") > 8:  # PREEMPT_RT: an object of its own, which cold struct pages have not
+            owner = -1 if of_mm else world.physical(entry) & -world.levels.page_size
+        else:
+            owner = -1 if of_mm else self._pa(world, lock - world.offset("ptdesc", "ptl"))
         return (self._pa(world, page) if page else -1, level & (1 << 32) - 1, world.physical(entry), value, owner)
 
     # ---- rows, shrinking
@@ -237,7 +242,12 @@ def _special(world: World, tree: Tree, va: int, depth: int) -> Iterator[Tree]:
             yield replace(grower.done(), words={**grower.words, entry: layout.pack(word, OA=ram + page & -level.size)})
     for kind in (27, 28, 29, 30, 31):
         word = kind * (layout["AP"].mask & -layout["AP"].mask)
-        yield replace(grower.done(), words={**grower.words, entry: word | ram + (9 << 20)})
+        yield replace(grower.done(), words={**grower.words, entry: word | ram + (9 << 20) >> _swap_shift(world)})
+
+
+def _swap_shift(world: World) -> int:
+    """How far below its place in a leaf the page frame number of a migration entry is: it begins at bit 12."""
+    return world.levels.page_shift - 12
 
 
 def _into_ram(world: World, tree: Tree) -> Tree:
@@ -256,6 +266,8 @@ def _into_ram(world: World, tree: Tree) -> Tree:
             return word
         if world.space.fmt.lpa2 and word & (layout["VALID"].mask | layout["nG"].mask):
             word &= ~layout["OA"].spans[-1].mask
+        if not word & (layout["VALID"].mask | layout["nG"].mask):
+            return word & ~((1 << 50) - (1 << 12)) | (ram + (word & address & size - 1)) >> _swap_shift(world)
         return word & ~address | ram + (word & address & size - 1)
 
     return replace(tree, words={pa: moved(pa, word) if word else 0 for pa, word in tree.words.items()})

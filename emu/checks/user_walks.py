@@ -189,7 +189,8 @@ def _universe(function: str, world: World) -> frozenset[str]:
     if function != "walk_page_mapping" or variant.install_pte:
         rows.add("-EINVAL")
     if "unsafe" in function:
-        rows |= {"-ENOMEM", "install_pte goes on", "install_pte stop", "__sync_icache_dcache", "__contpte_try_fold"}
+        rows |= {"-ENOMEM", "install_pte goes on", "install_pte stop", "__sync_icache_dcache"}
+        rows |= {"__contpte_try_fold"} if world.own.contpte else set()
         rows |= {f"{count} tables made" for count in range(1, len(world.space.tables))}
     if variant.locks.has_walk_lock and function != "walk_page_mapping":
         rows |= {"assertion", "__vma_start_write"}
