@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ MAIN_JOB = "set_memory_valid"
 @_SYMBOLS
 @click.option("--cases", type=click.IntRange(0, 1_000_000), help="Random cases of each function (default 200).")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Of the random cases.")
+@click.option("--jobs", type=click.IntRange(1, 256), help="Processes that share the functions [one a CPU].")
 @click.option("--pages", default=4, show_default=True, type=click.IntRange(0, 1 << 20), help="Pages of the main job.")
 @click.option("--enable", type=click.IntRange(0, 1), help="The main job's call: 0 invalid, 1 valid. Default: both.")
 @click.option("--model", metavar="VARIANT", help="Predict with this row of the model (6.1, 6.12, 7.x, mail-v1 ...).")
@@ -40,6 +42,7 @@ def check(
     symbols: str | None,
     cases: int | None,
     seed: int,
+    jobs: int | None,
     pages: int,
     enable: int | None,
     model: str | None,
@@ -64,7 +67,7 @@ def check(
         if stored:
             campaign = _one(image, function, Path(stored), variant)
         else:
-            campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant)
+            campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant, jobs)
     saved = [] if stored else _save(campaign, Path(save or "pgtable-failures"))
     click.echo(json.dumps(campaign_json(campaign, function), indent=1) if as_json else campaign_text(campaign))
     for path in saved:
@@ -88,7 +91,9 @@ def _main_job(
     ctx.exit(1 if any(report.differences for report in reports) else 0)
 
 
-def _campaign(image: KernelImage, function: str, cases: int, seed: int, variant: Variant | None) -> Campaign:
+def _campaign(
+    image: KernelImage, function: str, cases: int, seed: int, variant: Variant | None, jobs: int | None
+) -> Campaign:
     from emu.checks import registry
     from emu.checks.campaign import run_all
 
@@ -97,7 +102,8 @@ def _campaign(image: KernelImage, function: str, cases: int, seed: int, variant:
         raise CommandError(f"check {function}: {image.name} has {', '.join(known)}, and all of them is `all`")
     names = known if function == "all" else [function]
     with _Progress() as progress:
-        return run_all(image, names, cases, seed, variant=variant, progress=progress)
+        jobs = jobs or len(os.sched_getaffinity(0))
+        return run_all(image, names, cases, seed, variant=variant, progress=progress, jobs=jobs)
 
 
 def _one(image: KernelImage, function: str, path: Path, variant: Variant | None) -> Campaign:

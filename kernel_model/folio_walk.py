@@ -142,7 +142,7 @@ def _pmd(kernel: Kernel, fw: FolioWalk, pmd: int, addr: int, wanted: _Wanted) ->
         return None, None
     _note(kernel, fw, Level.PMD, pmd)
     if not bits.pmd_present(value):
-        return _migrating(kernel, value, wanted), None
+        return _migrating(kernel, value, wanted) if kernel.variant.thp else None, None
     found = _normal(kernel, "vm_normal_page_pmd", addr, value)
     page = bits.pte_to_phys(value) & -kernel.levels.pmd.size
     if not found and wanted.zeropage and page == kernel.settings.huge_zero_page:

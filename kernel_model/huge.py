@@ -43,7 +43,7 @@ def pte_offset_map(kernel: Kernel, pmd: int) -> bool:
     value, bits = kernel.read(pmd), kernel.bits
     absent = not bits.pmd_present(value)
     if kernel.variant.clears_absent_pmd:
-        absent = absent and bits.is_migration_entry(value)
+        absent = absent and kernel.variant.thp and bits.is_migration_entry(value)
     if value == 0 or absent or bits.pmd_trans_huge(value) or bits.devmap(value):
         return False
     return not _cleared_if_bad(kernel, pmd, value)

@@ -210,9 +210,9 @@ class Bits:
         return self.variant.devmap and self.variant.thp and bool(val & self.leaf["IGNORED_58_55"].put(0, 4))
 
     def is_migration_entry(self, val: int) -> bool:
-        """is_pmd_migration_entry() of 6.12, for a word that is not present: __swp_type() is one of the three kinds."""
+        """is_migration_entry() of 6.12, for a word that is not present: __swp_type() is one of the three kinds."""
         field = self.leaf["AP"].mask | self.SHARED | self.AF
-        return self.variant.thp and (val & field) // (field & -field) in MIGRATION_TYPES
+        return (val & field) // (field & -field) in MIGRATION_TYPES
 
     def swp_offset_phys(self, val: int, page_size: int) -> int:
         """PA of the page that a migration entry names: swp_offset_pfn(), the bits above nG within the PA size."""

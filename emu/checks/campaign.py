@@ -11,8 +11,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_context
 from typing import Any
 
 from emu.checks.coverage import Coverage, FunctionCoverage, Run
@@ -215,28 +217,85 @@ def run_all(
     variant: Variant | None = None,
     progress: Progress = lambda _: None,
     coverage: bool = True,
+    jobs: int = 1,
 ) -> Campaign:
-    """Every function of `names` (registry.names), and the coverage of the compiled code by all of them together."""
+    """Every function of `names` (registry.names), and the coverage of the compiled code by all of them together.
+
+    `jobs`: processes that share the functions; what comes out is the same.
+    """
     from emu.checks import registry
 
-    worlds = Worlds(image, variant)
-    model = variant or worlds["plain"].variant
-    found = Campaign(image.name, image.release, model.name, seed)
-    executed: set[Run] = set()
     scope = "all" if len(names) > 1 else names[0]
-    cover = list(registry.covered(image, scope)) if coverage else []
-    for name in names:
+    cover = tuple(registry.covered(image, scope)) if coverage else ()
+    work = _Work(image, variant, cases, seed, cover)
+    found: dict[str, FunctionReport] = {}
+    executed: set[Run] = set()
+    for name, report, ran in _results(work, names, min(jobs, len(names)), progress):
+        found[name] = report
+        executed |= ran
+    world = work.worlds["plain"]
+    model = variant or world.variant
+    campaign = Campaign(image.name, image.release, model.name, seed, [found[name] for name in names])
+    campaign.coverage = [cover for report in campaign.reports for cover in report.coverage]
+    campaign.coverage += Coverage(world.machine, cover, executed).report() if cover else []
+    return campaign
+
+
+Result = tuple[str, FunctionReport, set[Run]]
+
+
+class _Work:
+    """What a process needs to check functions, one after another, in worlds of its own."""
+
+    def __init__(
+        self, image: KernelImage, variant: Variant | None, cases: int, seed: int, cover: tuple[str, ...]
+    ) -> None:
+        self.worlds = Worlds(image, variant)
+        self.cases, self.seed, self.cover = cases, seed, cover
+
+    def run(self, name: str, progress: Progress = lambda _: None) -> Result:
+        """One function: its report, and the code that ran."""
+        from emu.checks import registry
+
+        executed: set[Run] = set()
         if name in registry.WHOLES:
-            report = run_whole(image, name, cases, seed, progress)
-            found.reports.append(report)
-            found.coverage += report.coverage
-        else:
-            harness = registry.harness(name)
-            report = run_function(worlds, harness, cases, seed, progress=progress, cover=cover, executed=executed)
-            found.reports.append(report)
-    if cover:
-        found.coverage += Coverage(worlds["plain"].machine, cover, executed).report()
-    return found
+            return name, run_whole(self.worlds.image, name, self.cases, self.seed, progress), executed
+        report = run_function(
+            self.worlds,
+            registry.harness(name),
+            self.cases,
+            self.seed,
+            progress=progress,
+            cover=self.cover,
+            executed=executed,
+        )
+        return name, report, executed
+
+
+_work: _Work | None = None  # of a process that shares the work: inherited by fork, before any engine is there
+
+
+def _share(name: str) -> Result:
+    assert _work
+    return _work.run(name)
+
+
+def _results(work: _Work, names: Sequence[str], jobs: int, progress: Progress) -> Iterator[Result]:
+    """The functions' results as they come."""
+    global _work
+    if jobs < 2:
+        yield from (work.run(name, progress) for name in names)
+        return
+    _work = work
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        running = [pool.submit(_share, name) for name in names]
+        try:
+            for done, future in enumerate(as_completed(running)):
+                progress(f"{done} of {len(names)} functions checked")
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_stored(worlds: Worlds, harness: Harness, flavour: str, case: Any) -> FunctionReport:

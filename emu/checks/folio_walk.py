@@ -175,9 +175,9 @@ class FolioWalkStart:
 
     def rows(self, world: World) -> frozenset[str]:
         """What was found, or asked, at each level."""
-        variant = world.variant
+        variant = world.own
         rows = {f"found {level.name}" for level in Level} | {"none", "outside the vma", "no mmap lock"}
-        rows |= {"zero page", "huge zero page", "vm_normal_page", "vm_normal_page_pmd"}
+        rows |= {"zero page", "vm_normal_page", "vm_normal_page_pmd"} | ({"huge zero page"} if variant.thp else set())
         if variant.has_normal_page_pud:
             rows.add("vm_normal_page_pud")
         if variant.fw_migration:

@@ -179,7 +179,7 @@ def _universe(function: str, world: World) -> frozenset[str]:
     """What vmas add to the rows of a walk."""
     variant = world.own
     rows = {f"{name} {did}" for name in ("pre_vma", "hugetlb_entry") for did in ("goes on", "stop")}
-    rows |= {"post_vma after an error", "post_vma after the walk", "__split_huge_pmd"}
+    rows |= {"post_vma after an error", "post_vma after the walk"} | ({"__split_huge_pmd"} if variant.thp else set())
     rows |= {"pte_hole depth -1 goes on", "pte_hole depth -1 stop"}
     rows.add("hole in a hugetlb vma")
     if function in OF_MM:
