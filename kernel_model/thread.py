@@ -70,12 +70,20 @@ L_V2 = replace(
     vmap_trylock=False,
 )
 
+# What was merged, before the fixes of 2026 gave ptdump's walk init_mm's write lock and huge vmap() its trylock.
+L_V3 = replace(
+    L_7,
+    entries={**L_7.entries, "walk_page_range_debug": (C.EMPTY, C.NO_MM, C.INSTALL, C.MM_WRITE)},
+    debug_walks_kernel=True,
+    vmap_trylock=False,
+)
+
 MAIL_BASE = replace(V6_12_NOVMA, name="mail-base")
 MAIL_V1 = replace(MAIL_BASE, name="mail-v1", locks=L_V1)
 MAIL_REVIEW_ASSERT = replace(MAIL_BASE, name="mail-review/assert", locks=L_REVIEW)
 MAIL_REVIEW_REFUSE = replace(MAIL_BASE, name="mail-review/refuse", locks=L_REVIEW_REFUSE)
 V2 = replace(V6_12, name="v2", locks=L_V2)
-V3 = replace(V7, name="v3", locks=L_7)
+V3 = replace(V7, name="v3", locks=L_V3)
 
 
 class Reading(NamedTuple):

@@ -81,6 +81,9 @@ def test_kernel_walks_of_v2_and_of_what_was_merged() -> None:
     assert row("v2", KERNEL, "RDLOCK", "init_mm") == [WARNS, PROCEEDS, PROCEEDS]
     assert row("v3", KERNEL, "any", "init_mm") == [WARNS, PROCEEDS, PROCEEDS]
     assert row("v3", f"{KERNEL}_lockless", "any", "init_mm") == [OWNER, PROCEEDS, PROCEEDS]
+    for name in ("v2", "v3"):  # one lock, and init_mm's walk is the kernel's: a reader is enough for it
+        assert row(name, "walk_page_range_debug", "any", "init_mm") == [WARNS, PROCEEDS, PROCEEDS]
+        assert row(name, "walk_page_range_debug", "any", "user") == [WARNS, WARNS, PROCEEDS, WARNS, PROCEEDS]
 
 
 def test_releases() -> None:
