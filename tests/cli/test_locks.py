@@ -51,7 +51,9 @@ def test_without_a_variant_every_release_and_every_step_of_the_thread_is_shown()
 def test_the_range_condition_is_an_option_of_the_thread() -> None:
     found = valid_json(run("locks", "--variant", "mail-review", "--range-check", "--json"), "locks")
     assert [table["variant"] for table in found["variants"]] == ["mail-review/assert+range", "mail-review/refuse+range"]
-    cells = [c for c in found["variants"][0]["cells"] if c["mm"] == "init_mm, linear map" and c["walk_lock"] == "NOLOCK"]
+    cells = [
+        c for c in found["variants"][0]["cells"] if c["mm"] == "init_mm, linear map" and c["walk_lock"] == "NOLOCK"
+    ]
     assert [cell["outcome"] for cell in cells] == ["-EINVAL"] * 3, "every set_memory_valid of KFENCE's pool"
 
 

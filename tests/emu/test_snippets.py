@@ -29,7 +29,18 @@ def m() -> Machine:
 
 
 def test_these_snippets_come_with_the_package() -> None:
-    assert NAMES == ["at", "fetch", "load", "misaligned", "recorder", "set_memory_valid", "sleeper", "store", "svc", "toggle_valid"]
+    assert NAMES == [
+        "at",
+        "fetch",
+        "load",
+        "misaligned",
+        "recorder",
+        "set_memory_valid",
+        "sleeper",
+        "store",
+        "svc",
+        "toggle_valid",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
