@@ -37,11 +37,14 @@ def set_memory_decrypted(kernel: Kernel, addr: int, numpages: int) -> int:
 
 def _dispatch(kernel: Kernel, addr: int, numpages: int, name: str) -> int:
     """An unaligned address is warned of and counts as done."""
-    if not (kernel.variant.knows_realms and kernel.settings.realm):
+    in_realm = kernel.variant.knows_realms and kernel.settings.realm
+    if not in_realm and not kernel.settings.crypt_ops:
         return 0
     if addr % kernel.levels.page_size:
         kernel.warn(name)
         return 0
+    if not in_realm:
+        return kernel.call_out(f"crypt_ops.{name.removeprefix('set_memory_')}", addr, numpages & (1 << 32) - 1)
     realm = realm_set_memory_encrypted if name == "set_memory_encrypted" else realm_set_memory_decrypted
     return realm(kernel, addr, numpages)
 

@@ -184,6 +184,7 @@ class Settings:
     `requires_bbml`: linear_map_requires_bbml3 (7.2: bbml2_noabort). `supports_bbml`: the CPU may change block sizes
     without break-before-make. `caps_finalized`: system_capabilities_finalized(). `tlb_range`: FEAT_TLBIRANGE.
     `kfence_pool`: VA and bytes. `kfence`: CONFIG_KFENCE. `ns_shared`: PROT_NS_SHARED of a realm, 0 outside.
+    `crypt_ops`: somebody else than a realm has registered memory encryption (guests of pKVM).
     """
 
     rodata_full: bool = True
@@ -193,6 +194,7 @@ class Settings:
     kfence_pool: tuple[int, int] | None = None
     realm: bool = False
     ns_shared: int = 0
+    crypt_ops: bool = False
     requires_bbml: bool = False
     supports_bbml: bool = False
     caps_finalized: bool = True

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STACK_CHECK = "stack protector failure (__stack_chk_fail)"
 ONCE = "WARN_ONCE's second test"
 MESSAGE = "message of a WARN"
+ORPHAN = "nothing leads here but an alternative that is not applied"
 UBSAN = "report of undefined behaviour (UBSAN)"
 LEADS_TO, BEHIND = "leads to: ", "behind: "
 # Functions that are called only where something is wrong, and what their callers are then.
@@ -173,7 +174,18 @@ def _own(
     if block.start in patched.fixups:
         return f"exception fixup of {image.symbols.describe(patched.fixups[block.start])}"
     edges = [_edge(image, made[at], block.start, patched) for at in before.get(block.start, [])]
+    if not edges and block.start != block.part.start and not any(map(_jumps_by_register, _last_words(image, made))):
+        return ORPHAN
     return edges[0] if edges and all(edges) else ""
+
+
+def _last_words(image: KernelImage, made: Mapping[int, Block]) -> Iterator[int]:
+    return (image.word(block.end - 4, 4) for block in made.values())
+
+
+def _jumps_by_register(word: int) -> bool:
+    """BR (with or without authentication): the way into the cases of a switch."""
+    return word & 0xFE9F_0000 == 0xD61F_0000 & 0xFE9F_0000 and word >> 21 & 3 == 0
 
 
 def _calls(image: KernelImage, block: Block) -> Iterator[str]:

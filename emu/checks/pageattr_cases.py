@@ -41,6 +41,8 @@ def around_of(world: World, rng: random.Random, realm: float) -> Surroundings:
     settings.tlb_range, settings.supports_bbml, settings.caps_finalized = (
         booted and rng.random() < 0.6 for _ in range(3)
     )
+    if "crypt_ops" in image.symbols and not world.own.knows_realms:
+        settings.crypt_ops = rng.random() < realm
     context = rng.choice((Context.TASK,) * 4 + (Context.SOFTIRQ, Context.HARDIRQ))
     pages = rng.choice((0, 1, 2)) if rng.random() < 0.1 else None
     return Surroundings(settings, context, monitor=rng.choice((Monitor.GRANTS, *Monitor)), pages=pages)

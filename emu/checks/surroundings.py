@@ -118,6 +118,7 @@ class Arranger:
         self._patches: dict[str, list[Patch]] | None = None
         self._pages_left = -1
         self._stubs()
+        self._crypt_ops = self._register_crypt_ops()
         btf = world.image.btf
         self._preempt_at = world.plan.task + btf.offset("task_struct", "thread_info.preempt_count")
         self._vm_struct = {
@@ -146,8 +147,23 @@ class Arranger:
         self._preempt_count(around.context)
         if around.area:
             self._write_area(around.area)
-        self._poke("crypt_ops", self.world.image.symbols.get("realm_crypt_ops", 0) if settings.realm else 0, 8)
+        realm = self.world.image.symbols.get("realm_crypt_ops", 0) if settings.realm else 0
+        self._poke("crypt_ops", realm or (self._crypt_ops if settings.crypt_ops else 0), 8)
         self._patch(settings)
+
+    def _register_crypt_ops(self) -> int:
+        """VA of a struct arm64_mem_crypt_ops, whose functions are stubs in the rest of the code page."""
+        world, at = self.world, self.world.plan.code + 0x800
+        for i, name in enumerate(("encrypted", "decrypted")):
+            world.machine.stub(at + 64 + 8 * i, lambda machine, name=name: self._crypts(machine, name))  # type: ignore[misc]
+        table = b"".join((at + 64 + 8 * i).to_bytes(8, "little") for i in range(2))
+        world.machine.memory.write(world.plan.code_pa + 0x800, table)
+        return at
+
+    def _crypts(self, machine: Machine, name: str) -> int:
+        numpages = machine.argument(1) & (1 << 32) - 1
+        self.world.note(Called(f"crypt_ops.{name}", (machine.argument(0), numpages)))
+        return 0
 
     def _poke(self, name: str, value: int, size: int) -> None:
         """Straight into RAM: a write by VA drops translated code, and variables are no code."""
