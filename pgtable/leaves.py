@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pgtable.bits import Words
 from pgtable.descriptors import LAST_LEVEL
-from pgtable.memory import PhysicalMemory
+from pgtable.memory import TableMemory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.walk import leaf_permissions, regime_of
@@ -72,13 +72,13 @@ class Run(NamedTuple):
     leaves: int
 
 
-def leaves(memory: PhysicalMemory, regs: Registers, *, regime: Regime | None = None) -> Leaves:
+def leaves(memory: TableMemory, regs: Registers, *, regime: Regime | None = None) -> Leaves:
     """All leaves of both halves of a regime (default: that of EL1), invalid entries left out, in VA order."""
     nothing = Leaves(_NONE, _NONE.astype(np.int8), _NONE, _NONE, _NONE, _NONE, _NONE.astype(np.uint16))
     return Leaves(*_joined([nothing, *(_leaves_of(memory, p) for p in halves(regs, regime))]))
 
 
-def tables(memory: PhysicalMemory, regs: Registers, *, regime: Regime | None = None) -> Tables:
+def tables(memory: TableMemory, regs: Registers, *, regime: Regime | None = None) -> Tables:
     """All table pages of both halves of a regime (default: that of EL1), roots first."""
     nothing = Tables(_NONE, _NONE, _NONE.astype(np.int8), _NONE, _NONE.astype(np.bool_))
     parts = [nothing, *(level for p in halves(regs, regime) for level, _ in _levels(memory, p, pages=False))]
@@ -98,12 +98,12 @@ def halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
     return [p for p in found if p.mmu_on and p.txsz_ok and not p.epd and not p.base & p.over]
 
 
-def _unread(memory: PhysicalMemory, pa: Words) -> tuple[Words, npt.NDArray[np.bool_]]:
+def _unread(memory: TableMemory, pa: Words) -> tuple[Words, npt.NDArray[np.bool_]]:
     """Tables whose words nobody wants, and whether there is RAM."""
     return np.zeros((len(pa), 0), np.uint64), memory.gather(pa)[1]
 
 
-def _levels(memory: PhysicalMemory, p: WalkParams, *, pages: bool = True) -> list[tuple[Tables, Words]]:
+def _levels(memory: TableMemory, p: WalkParams, *, pages: bool = True) -> list[tuple[Tables, Words]]:
     """For each level, its tables and their words: uint64 (tables, entries). Without `pages`, level 3 stays unread."""
     found: list[tuple[Tables, Words]] = []
     pa, va, inherited = (np.array([x], np.uint64) for x in (p.base, p.half_base, 0))
@@ -139,7 +139,7 @@ def _below(p: WalkParams, above: Tables, words: Words, level: int) -> tuple[Word
     return pa[ok], va[ok], inherited[ok]
 
 
-def _leaves_of(memory: PhysicalMemory, p: WalkParams) -> Leaves:
+def _leaves_of(memory: TableMemory, p: WalkParams) -> Leaves:
     parts = [_leaves_at(p, level, words) for level, words in _levels(memory, p)]
     columns = _joined(parts)
     order = np.argsort(columns[0], kind="stable")

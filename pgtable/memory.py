@@ -46,6 +46,18 @@ class Memory(Protocol):
         ...
 
 
+class TableMemory(Memory, Protocol):
+    """What a listing reads besides: many words and many tables at once."""
+
+    def gather(self, pas: Words) -> tuple[Words, Flags]:
+        """The word at each of `pas` (8-byte aligned) and whether there is RAM, in the shape of `pas`."""
+        ...
+
+    def tables(self, pas: Words, n: int) -> tuple[Words, Flags]:
+        """Tables of `n` words at each of `pas`: uint64 (len(pas), n), and whether each begins in RAM."""
+        ...
+
+
 class Region(NamedTuple):
     """One RAM region: PAs [base, base + size)."""
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernel_model": {"pgtable", "numpy"},
     "emu": {
         *("pgtable", "kernel_model", "numpy", "unicorn", "capstone", "elftools", "click", "rich", "platformdirs"),
-        *("backports", "qemu"),
+        *("backports", "drgn", "qemu"),
     },
 }
 

@@ -105,18 +105,15 @@ def found_registers(source: Source) -> Registers:
     Sets them and their origin in `source`. Reads all of RAM. Raises SourceError where there is no root.
     """
     from emu.sources.find import find_roots
-    from emu.sources.ram import FileMemory, PagedMemory
     from emu.sources.vmcoreinfo import find
 
     if source.registers is None:
-        memory = source.memory
-        assert isinstance(memory, FileMemory | PagedMemory), f"{source.kind} has registers"
         with source.reading():
-            info = find(memory)
+            info = find(source.memory)
             if info is not None:
                 _told(source, info, "VMCOREINFO found in RAM")
             if source.registers is None:
-                roots = find_roots(memory)
+                roots = find_roots(source.memory)
                 if not roots:
                     raise SourceError(f"{source.word} has no registers and no root table was found; give --regs FILE")
                 source.registers, source.origin = roots[0].registers, f"the root found at {roots[0]}"

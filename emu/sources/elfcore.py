@@ -37,7 +37,7 @@ LARGEST_NOTES = 64 << 20
 PRSTATUS_REGS = 112  # pr_reg's place in an arm64 prstatus: X0 to X30, SP, PC, PSTATE
 GENERAL = (*(f"X{i}" for i in range(31)), "SP", "PC", "PSTATE")
 NEEDED = "an arm64 memory dump (ELF core of QEMU or kdump) is needed"
-NO_PA = (0, (1 << 64) - 1)
+NO_PA = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _segments(
     left_out = 0
     for row in loads.tolist():
         _, _, offset, va, pa, in_file, size, _ = row
-        place = pa if not virtual and pa != NO_PA[1] and not (pa == 0 and va >> 63) else None
+        place = pa if not virtual and pa != NO_PA else None
         if place is None and info:
             place = info.linear_pa(va)
         if place is None or place + size > PHYSICAL:

@@ -4,7 +4,7 @@ How it is done, and what counts as evidence:
 1. One pass over all RAM keeps the 4 KiB pages whose words could be descriptors: some valid ones, none with reserved
    address bits, not more rubbish among the invalid ones than there are valid ones (`survey`).
 2. From level 3 up, a page is a table where each of its valid entries is a leaf with an address that can exist, or
-   leads to a page that is a table of the next level or holds nothing valid (`_Search`).
+   leads to a page that is a table of the next level, or one below which nothing is mapped (`_Search`).
 3. A table that no table of the level above leads to is a root. Its tree is listed, and the listing gives what makes
    a root believable (`Root`): how many leaves, whether they lead to RAM, how much RAM is mapped at one distance (a
    linear map), whether the tree's own tables are mapped by it. Stale and accidental roots fail one of these.
@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emu.sources.ram import FileMemory, PagedMemory
+from emu.sources.ram import Scannable, scannable
 from emu.sources.vmcoreinfo import linux_registers
 from pgtable.bits import Flags, Layout, Words
 from pgtable.descriptors import LAST_LEVEL, Format, Granule
 from pgtable.leaves import Leaves, leaves, tables
-from pgtable.memory import PAGE
+from pgtable.memory import PAGE, TableMemory
 from pgtable.permissions import UNPRIVILEGED
 from pgtable.registers import Registers
 
@@ -42,8 +42,6 @@ FORMATS: tuple[tuple[Format, dict[int, int]], ...] = (
     (Format(Granule.K4, ds=True), {-1: 52}),
     (Format(Granule.K16, ds=True), {0: 52}),
 )
-
-Memory = FileMemory | PagedMemory
 
 
 @dataclass(frozen=True)
@@ -87,35 +85,60 @@ class Root:
         )
 
 
-def find_roots(memory: Memory) -> list[Root]:
-    """The roots in `memory`, the most believable first. Reads all of RAM once, then the tables."""
-    pages = survey(memory)
-    found = [root for fmt, starts in FORMATS for root in _Search(memory, fmt, pages).roots(starts)]
-    best = {(root.pa, root.granule): root for root in sorted(found, key=lambda r: r.score)}
-    return sorted(best.values(), key=lambda r: -r.score)
+def find_roots(ram: TableMemory) -> list[Root]:
+    """The roots in `ram`, the most believable first. Reads all of it once, then the tables. Raises SourceError."""
+    memory = scannable(ram)
+    seen = survey(memory)
+    found = [pair for fmt, starts in FORMATS for pair in _Search(memory, fmt, seen).roots(starts)]
+    kept: list[Root] = []
+    known: set[int] = set()  # tables of better roots: a part of a tree is a tree too, in another format
+    for root, own in sorted(found, key=lambda pair: -pair[0].score):
+        if root.pa not in known:
+            kept.append(root)
+            known.update(own.tolist())
+    return kept
 
 
-def limit(memory: Memory) -> int:
+def limit(memory: Scannable) -> int:
     """Addresses from here on cannot exist."""
     return 1 << max([EXISTS, *((base + size - 1).bit_length() for base, size in memory.ranges)])
 
 
-def survey(memory: Memory) -> Words:
-    """The PAs of the 4 KiB pages that could be (a part of) a table, ascending."""
+class Survey(NamedTuple):
+    """4 KiB pages by what is in them: PAs, ascending.
+
+    `pages`: could be (a part of) a table, with valid descriptors. `busy`: hold words that are odd, hence valid ones if
+    they were descriptors. `ranges`: where RAM is.
+    """
+
+    pages: Words
+    busy: Words
+    ranges: Sequence[tuple[int, int]]
+
+    def idle(self, pas: Words, size: int) -> Flags:
+        """Which of the tables of `size` bytes at `pas` are RAM without a valid descriptor."""
+        found = _inside(pas, *_columns(self.ranges))
+        for at in range(0, size, PAGE):
+            found &= ~_in_sorted(pas + np.uint64(at), self.busy)
+        return found
+
+
+def survey(memory: Scannable) -> Survey:
+    """Looks at every page once."""
     top = np.uint64(_reserved(Format().leaf(LAST_LEVEL)) & _reserved(Format().table(2)))
     if limit(memory) > 1 << EXISTS:
         top = np.uint64(0)  # with 52-bit addresses nothing is reserved in all formats
-    found = [np.zeros(0, np.uint64)]
+    pages, busy = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for pa, words in memory.chunks():
-        pages = words.reshape(-1, PAGE // 8)
-        used = np.flatnonzero(pages.any(axis=1))
-        good = used[_could_be(pages[used], top)]
-        found.append(good.astype(np.uint64) * np.uint64(PAGE) + np.uint64(pa))
-    return np.sort(np.concatenate(found))
+        rows = words.reshape(-1, PAGE // 8)
+        used = np.flatnonzero((rows & np.uint64(1)).any(axis=1))
+        busy.append(used.astype(np.uint64) * np.uint64(PAGE) + np.uint64(pa))
+        pages.append(busy[-1][_could_be(rows[used], top)])
+    return Survey(np.sort(np.concatenate(pages)), np.sort(np.concatenate(busy)), memory.ranges)
 
 
 def _could_be(words: Words, reserved: np.uint64) -> Flags:
-    """Rows with valid descriptors, none that has reserved bits, and not more other words than those."""
+    """Rows of valid descriptors, none with reserved bits, and not more other words than those."""
     tested = words & (np.uint64(1) | reserved)
     valid = np.count_nonzero(tested & np.uint64(1), axis=1)
     clean = np.count_nonzero(tested == 1, axis=1)
@@ -140,20 +163,22 @@ _NOTHING = _Level(*(np.zeros(0, np.uint64) for _ in range(3)))
 class _Search:
     """The search for trees of one format among the pages of a survey."""
 
-    def __init__(self, memory: Memory, fmt: Format, pages: Words) -> None:
+    def __init__(self, memory: Scannable, fmt: Format, seen: Survey) -> None:
         self.memory = memory
         self.fmt = fmt
         self.limit = np.uint64(limit(memory) - 1)
         size = fmt.granule.page_size
-        self.candidates = np.unique(pages & np.uint64(-size & (1 << 64) - 1))
+        self.survey = seen
+        self.barren: dict[int, Words] = {}
+        self.candidates = np.unique(seen.pages & np.uint64(-size & (1 << 64) - 1))
 
-    def roots(self, starts: dict[int, int]) -> list[Root]:
-        """The roots whose level is in `starts` (level: VA bits), with their evidence."""
+    def roots(self, starts: dict[int, int]) -> list[tuple[Root, Words]]:
+        """The roots whose level is in `starts` (level: VA bits), with their evidence and their tables."""
         levels: dict[int, _Level] = {}
         below = _NOTHING
         for level in range(LAST_LEVEL, min(starts) - 1, -1):
             below = levels[level] = self._tables_at(level, below)
-        found: list[Root] = []
+        found: list[tuple[Root, Words]] = []
         for level, va_bits in starts.items():
             above = levels.get(level - 1, _NOTHING)
             found += self._judged(levels[level], above, level, va_bits)
@@ -165,17 +190,19 @@ class _Search:
         return _Level(pa, count, np.unique(refs))
 
     def _batch(self, level: int, below: _Level, pas: Words) -> _Level:
+        """Which of `pas` are tables at `level`: those that lead somewhere, and nowhere else than they may."""
         words, there = self.memory.tables(pas, self.fmt.granule.entries)
         leaf, table = self._kinds(words, level)
-        fine = there & ((leaf | table) == (words & np.uint64(1) == 1)).all(axis=1) & self._used(words, leaf)
-        pas, words, leaf, table = pas[fine], words[fine], leaf[fine], table[fine]
-        row, entry = np.nonzero(table)
-        targets = self._target(words[row, entry])
-        known, empty, count = self._follow(targets, below)
-        wrong = np.bincount(row[~(known | empty)], minlength=len(pas)) > 0
-        own = np.count_nonzero(leaf, axis=1)
-        counts = own + np.bincount(row, count, len(pas))
-        good = ~wrong & ((np.bincount(row[known], minlength=len(pas)) > 0) | (own > 0))
+        sound = there & ((leaf | table) == (words & np.uint64(1) == 1)).all(axis=1) & self._used(words, leaf)
+        pas, own, (row, entry) = pas[sound], np.count_nonzero(leaf[sound], axis=1), np.nonzero(table[sound])
+        targets = self._target(words[sound][row, entry])
+        known, count = _found(targets, below)
+        n = len(pas)
+        hopeful = (np.bincount(row[known], minlength=n) > 0) | (own > 0)
+        unknown = ~known & hopeful[row]  # the others are not worth a look
+        wrong = row[unknown][~self._are_barren(targets[unknown], level + 1)]
+        good = hopeful & (np.bincount(wrong, minlength=n) == 0)
+        counts = own + np.bincount(row, count, n)
         return _Level(pas[good], counts[good].astype(np.uint64), targets[good[row]])
 
     def _kinds(self, words: Words, level: int) -> tuple[Flags, Flags]:
@@ -196,31 +223,36 @@ class _Search:
         flag = np.uint64(self.fmt.leaf(LAST_LEVEL)["AF"].mask)
         return np.asarray(2 * np.count_nonzero(leaf & (words & flag != 0), axis=1) >= np.count_nonzero(leaf, axis=1))
 
+    def _are_barren(self, pas: Words, level: int) -> Flags:
+        """Which of `pas` are tables at `level` below which nothing is mapped."""
+        return self.survey.idle(pas, self.fmt.granule.page_size) | np.isin(pas, self._barren_at(level))
+
+    def _barren_at(self, level: int) -> Words:
+        """The candidates that are tables at `level` with entries, below which nothing is mapped all the same."""
+        if level not in self.barren:
+            found = [np.zeros(0, np.uint64)]
+            for pas in _batches(self.candidates if level < LAST_LEVEL else found[0]):
+                words, there = self.memory.tables(pas, self.fmt.granule.entries)
+                _, table = self._kinds(words, level)
+                sound = there & (table == (words & np.uint64(1) == 1)).all(axis=1)
+                row, entry = np.nonzero(table & sound[:, None])
+                wrong = row[~self._are_barren(self._target(words[row, entry]), level + 1)]
+                found.append(pas[sound & (np.bincount(wrong, minlength=len(pas)) == 0)])
+            self.barren[level] = np.concatenate(found)
+        return self.barren[level]
+
     def _target(self, words: Words) -> Words:
-        return self.fmt.table(LAST_LEVEL - 1)["TA"].get(words)
+        field = self.fmt.table(LAST_LEVEL - 1)["TA"]
+        return field.get(words)
 
-    def _follow(self, targets: Words, below: _Level) -> tuple[Flags, Flags, Words]:
-        """Of each target: it is a table of the level below; it holds nothing valid; the leaves in it."""
-        at = np.minimum(np.searchsorted(below.pa, targets), max(len(below.pa) - 1, 0))
-        known = below.pa[at] == targets if len(below.pa) else np.zeros(len(targets), np.bool_)
-        count = np.where(known, below.leaves[at], np.uint64(0)) if len(below.pa) else np.zeros(len(targets), np.uint64)
-        others = np.unique(targets[~known])
-        empty = np.concatenate([np.zeros(0, np.uint64), *(self._empty(pas) for pas in _batches(others))])
-        return known, np.isin(targets, empty), count
-
-    def _empty(self, pas: Words) -> Words:
-        """Which of `pas` are tables in RAM without a valid entry."""
-        words, there = self.memory.tables(pas, self.fmt.granule.entries)
-        return pas[there & ~(words & np.uint64(1)).any(axis=1)]
-
-    def _judged(self, here: _Level, above: _Level, level: int, va_bits: int) -> list[Root]:
+    def _judged(self, here: _Level, above: _Level, level: int, va_bits: int) -> list[tuple[Root, Words]]:
         free = ~np.isin(here.pa, above.below) & ~np.isin(here.pa, here.below)
         order = np.argsort(here.leaves[free])[::-1][:TRIALS]
         found = (self._evidence(int(pa), level, va_bits) for pa in here.pa[free][order])
-        return [root for root in found if root and root.leaves]
+        return [pair for pair in found if pair and pair[0].leaves]
 
-    def _evidence(self, pa: int, level: int, va_bits: int) -> Root | None:
-        """The listing of the tree, as evidence; None where it is no tree."""
+    def _evidence(self, pa: int, level: int, va_bits: int) -> tuple[Root, Words] | None:
+        """The listing of the tree, as evidence, and its tables; None where it is no tree."""
         size = self.fmt.granule.page_size
         for upper in (True, False):
             regs = linux_registers(pa, size, va_bits, upper=upper)
@@ -232,19 +264,38 @@ class _Search:
             in_ram = _inside(found.pa, *_columns(self.memory.ranges))
             distance, mapped = _linear(found, np.where(in_ram, n, np.uint64(0)))
             user = _share(found.perms & np.uint16(UNPRIVILEGED) != 0)
-            if upper and user <= 0.5 and distance != _identity(va_bits):
+            if upper and user <= 0.5 and not _is_identity(found, va_bits):
                 break
-        return Root(
+        root = Root(
             pa, self.fmt.granule, level, va_bits, upper, len(own), len(found.va),
             own=_share(_inside(own, found.pa, n)),
             linear=min(1.0, mapped / max(1, sum(size for _, size in self.memory.ranges))),
             distance=distance, in_ram=_share(in_ram), user=user,
         )  # fmt: skip
+        return root, own
 
 
-def _identity(va_bits: int) -> int:
-    """The distance of an identity map that is read as the upper half's."""
-    return (1 << 64) - (1 << va_bits)
+def _is_identity(found: Leaves, va_bits: int) -> bool:
+    """Leaves listed as the upper half's are an identity map, and nothing else, in the lower half.
+
+    The linear map of a kernel whose RAM begins at PA 0 looks the same, but it is not all that a kernel maps.
+    """
+    return bool((found.va - found.pa == np.uint64((1 << 64) - (1 << va_bits))).all())
+
+
+def _found(targets: Words, below: _Level) -> tuple[Flags, Words]:
+    """Which of `targets` are tables of the level below, and the leaves in them."""
+    if not len(below.pa):
+        return np.zeros(len(targets), np.bool_), np.zeros(len(targets), np.uint64)
+    at = np.minimum(np.searchsorted(below.pa, targets), len(below.pa) - 1)
+    known = below.pa[at] == targets
+    return known, np.where(known, below.leaves[at], np.uint64(0))
+
+
+def _in_sorted(values: Words, among: Words) -> Flags:
+    if not len(among):
+        return np.zeros(len(values), np.bool_)
+    return np.asarray(among[np.minimum(np.searchsorted(among, values), len(among) - 1)] == values)
 
 
 def _batches(pas: Words) -> Iterator[Words]:

@@ -13,31 +13,50 @@ from contextlib import suppress
 
 STOPPED, RUNNING = b"s", b"r"
 
-# Run by a bare interpreter: standard library only. Arguments: how ("qmp" or "gdb"), then the address.
+# Run by a bare interpreter: standard library only. Arguments: how ("qmp" or "gdb"), then the address. It tries again
+# for a while: the dead reader's connection may not have ended yet, and both servers take one client at a time.
 _SCRIPT = """
-import json, os, socket, sys
+import json, os, socket, sys, time
 state = b"r"
 while True:
     data = os.read(0, 64)
     if not data:
         break
     state = data[-1:]
-if state != b"s":
-    sys.exit()
 how, *address = sys.argv[1:]
-s = socket.socket(socket.AF_INET if len(address) == 2 else socket.AF_UNIX)
-s.settimeout(10)
-s.connect((address[0], int(address[1])) if len(address) == 2 else address[0])
-if how == "gdb":
-    s.sendall(b"+$D#44")
-    s.recv(64)
-else:
-    lines = s.makefile("r")
-    lines.readline()
-    for command in ("qmp_capabilities", "cont"):
-        s.sendall(json.dumps({"execute": command}).encode() + b"\\n")
-        while "return" not in (line := lines.readline()) and line:
-            pass
+
+def resume():
+    with socket.socket(socket.AF_INET if len(address) == 2 else socket.AF_UNIX) as s:
+        s.settimeout(3)
+        s.connect((address[0], int(address[1])) if len(address) == 2 else address[0])
+        lines = s.makefile("rb")
+        if how == "gdb":
+            s.sendall(b"+$D#44")
+            seen = b""
+            while b"$OK" not in seen:
+                byte = lines.read(1)
+                if not byte:
+                    return False
+                seen += byte
+            return True
+        lines.readline()
+        for command in ("qmp_capabilities", "cont"):
+            s.sendall(json.dumps({"execute": command, "id": "guard-" + command}).encode() + b"\\n")
+            while ("guard-" + command).encode() not in (line := lines.readline()):
+                if not line:
+                    return False
+        return True
+
+end = time.monotonic() + 30
+while state == b"s" and time.monotonic() < end:
+    try:
+        if resume():
+            break
+    except (ConnectionRefusedError, FileNotFoundError):  # the guest is gone
+        break
+    except OSError:
+        pass
+    time.sleep(0.1)
 """
 
 
@@ -67,7 +86,7 @@ class Guard:
             assert self._process.stdin
             self._process.stdin.close()
         try:
-            self._process.wait(15)
+            self._process.wait(35)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -262,12 +262,12 @@ class QmpVm:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.qmp = Qmp(path)
         self._folder = tempfile.TemporaryDirectory(prefix="pgtable-qmp-")
         self._file = Path(self._folder.name) / "ram"
         self._guard: Guard | None = None
         self._ours = False  # it was we who stopped the guest
         self._by_file = True
-        self.qmp = Qmp(path)
         try:
             self.ranges = ram_ranges(self.monitor("info mtree -f"))
         except BaseException:

@@ -16,20 +16,60 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from emu.sources.errors import SourceError
 from pgtable.bits import Flags, Words
-from pgtable.memory import PAGE, NoMemory
+from pgtable.memory import PAGE, NoMemory, PhysicalMemory, TableMemory
 
 CHUNK = 16 << 20
 WORD = 8
 PHYSICAL = 1 << 52  # physical addresses end here
 
 Numbers = npt.NDArray[np.int64]
+
+
+class Scannable(TableMemory, Protocol):
+    """Memory that can be looked at as a whole."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(PA, bytes) of what is there, in order."""
+        ...
+
+    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, Words]]:
+        """(PA, words) of everything, whole 4 KiB pages, at most `size` bytes at a time."""
+        ...
+
+
+def scannable(memory: TableMemory) -> Scannable:
+    """`memory`, or what makes it so. Raises SourceError for memory that cannot be looked at as a whole."""
+    if isinstance(memory, PhysicalMemory):
+        return _Resident(memory)
+    if isinstance(memory, FileMemory | PagedMemory):
+        return memory
+    raise SourceError(f"a {type(memory).__name__} cannot be searched")
+
+
+class _Resident:
+    """RAM of this process, as Scannable."""
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self.memory = memory
+        self.fetch, self.words = memory.fetch, memory.words
+        self.gather, self.tables = memory.gather, memory.tables
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(region.base, region.size) for region in self.memory.regions]
+
+    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, Words]]:
+        for region in self.memory.regions:
+            for at in range(0, region.size, size):
+                yield region.base + at, region.words[at // WORD : (at + size) // WORD]
 
 
 class Segment(NamedTuple):

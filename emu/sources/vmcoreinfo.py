@@ -17,8 +17,8 @@ import numpy as np
 
 from emu.coldboot import LINUX_MAIR
 from emu.sources.errors import SourceError
-from emu.sources.ram import FileMemory, PagedMemory
-from pgtable.memory import NoMemory
+from emu.sources.ram import Scannable, scannable
+from pgtable.memory import NoMemory, TableMemory
 from pgtable.registers import PA_BITS, TCR_EL1, TTBR, TTBR_52, Registers
 
 NOTE = "VMCOREINFO"
@@ -119,8 +119,9 @@ def linux_registers(root: int, page_size: int, va_bits: int, *, wide: bool = Fal
     return Registers(None, TCR_EL1=tcr, MAIR_EL1=LINUX_MAIR, **{name: ttbr.pack(BADDR=root)})
 
 
-def find(memory: FileMemory | PagedMemory) -> VmcoreInfo | None:
+def find(ram: TableMemory) -> VmcoreInfo | None:
     """The VMCOREINFO of a kernel whose RAM this is; None where there is none. Reads all of RAM."""
+    memory = scannable(ram)
     for pa, words in memory.chunks():
         for at in np.flatnonzero(words == _START).tolist():
             text = _text(memory, pa + 8 * at)
@@ -129,7 +130,7 @@ def find(memory: FileMemory | PagedMemory) -> VmcoreInfo | None:
     return None
 
 
-def _text(memory: FileMemory | PagedMemory, pa: int) -> str | None:
+def _text(memory: Scannable, pa: int) -> str | None:
     """The text at `pa`, if it is one and names this kernel's tables."""
     size = LONGEST
     while size:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
-from pgtable import Format, Granule, PhysicalMemory, Registers
+from emu.sources import SourceError, open_source
+from pgtable import Format, Granule, NoMemory, PhysicalMemory, Registers
 from pgtable.bits import Words
 from pgtable.build import TableBuilder
 
@@ -120,6 +123,7 @@ def kdump(
     half = (top // 8 // block + 1) * block
     bitmap = np.zeros(half * 8, np.uint8)
     bitmap[numbers] = 1
+    there = np.packbits(np.ones_like(bitmap)).tobytes()  # RAM, in the file or not
     packed = np.packbits(bitmap, bitorder="little").tobytes()
     names = b"".join(n.encode().ljust(65, b"\0") for n in ("Linux", "host", "6.99", "#1", machine, ""))
     head = struct.pack(
@@ -130,7 +134,7 @@ def kdump(
     sub = struct.pack("<qiiQQ", 0, 0, 0, 0, 0)
     sub += struct.pack("<qQqQqQ", at + where if info else 0, len(info), at if info else 0, len(text), 0, 0)
     sub += struct.pack("<QQQ", 0, 0, top)
-    blocks = head.ljust(block, b"\0") + (sub.ljust(512, b"\0") + text).ljust(block, b"\0") + packed * 2
+    blocks = head.ljust(block, b"\0") + (sub.ljust(512, b"\0") + text).ljust(block, b"\0") + there + packed
     at = len(blocks) + 24 * len(numbers)
     descriptors, data = b"", b""
     for number in numbers:
@@ -161,6 +165,22 @@ def sparse(path: Path, size: int, parts: Mapping[int, bytes]) -> Path:
     return path
 
 
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def refused(word: str, *says: str) -> str:
+    """The one sentence that opening `word` ends in."""
+    with pytest.raises(SourceError) as error:
+        open_source(word)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in says:
+        assert part in text, text
+    return text
+
+
 def same(a: Sequence[Words], b: Sequence[Words]) -> bool:
     """The same listings."""
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -170,3 +190,11 @@ def registers_of(made: Guest, va_bits: int = 48, page: int = 4096) -> Registers:
     from emu.sources.vmcoreinfo import linux_registers
 
     return linux_registers(made.root, page, va_bits)
+
+
+def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a read gives, NoMemory as text."""
+    try:
+        return function(*arguments)
+    except NoMemory as error:
+        return f"no memory at {error.pa:#x}"

@@ -75,6 +75,8 @@ class Machine:
         tree.map(tree.base + RAM % (1 << va_bits - 1), RAM, SIZE, level=3, template=attributes(tree, UXN=1, PXN=1))
         high = tree.base + (1 << va_bits - 1) + 0x800_0000
         tree.map(high, RAM + 8 * page, 8 * page, level=3, template=attributes(tree, UXN=1))
+        tree.map(high + (1 << 30), RAM, page, level=3, template=attributes(tree, UXN=1))
+        tree.unmap(high + (1 << 30), page)  # a table that holds nothing stays
         return tree
 
     def process(self, granule: Granule, va_bits: int, pages: int) -> TableBuilder:
@@ -132,7 +134,7 @@ def test_processes_come_behind_the_kernel_and_are_told_apart(noisy: Machine) -> 
         assert root.user == 1
         assert root.leaves == pages + 1
         assert 0.9 < root.in_ram < 1
-        assert root.registers.TTBR0_EL1 == tree.root
+        assert tree.root == root.registers.TTBR0_EL1
     assert [root.pa for root in found if not root.upper][:2] == [tree.root for tree in processes]
 
 
@@ -164,13 +166,34 @@ def test_a_table_with_one_bad_descriptor_is_none(noisy: Machine) -> None:
     assert tree.root not in {root.pa for root in noisy.roots()}
 
 
+def test_a_table_that_leads_to_data_is_none(noisy: Machine) -> None:
+    """A 16K page whose first quarter is zeros is no empty table."""
+    tree = noisy.kernel(Granule.K16, 47)
+    data = RAM + SIZE - 16384
+    noisy.memory.words(data, 2048)[:] = 0
+    slot = tree.root + 8 * 700
+    noisy.memory.store(slot, data | 3)
+    whole = (tree.root, Granule.K16, tree.start_level)
+    assert whole in {(root.pa, root.granule, root.start_level) for root in noisy.roots()}
+    noisy.memory.words(data + 8192, 512)[:] = 0xFFFF_FFFF_FFFF_FFFF
+    assert whole not in {(root.pa, root.granule, root.start_level) for root in noisy.roots()}
+
+
+def test_leaves_that_nobody_used_are_no_tree(noisy: Machine) -> None:
+    tree = noisy.kernel(Granule.K4, 48)
+    tree.protect(tree.base + RAM, SIZE, AF=0)
+    assert noisy.roots()[0].leaves < SIZE // 4096
+
+
 def test_the_survey_keeps_tables_and_drops_noise(noisy: Machine) -> None:
     tree = noisy.kernel(Granule.K4, 48)
     noisy.path.write_bytes(noisy.memory.read(RAM, SIZE))
     dump = FileMemory([Segment(RAM, SIZE, 0)], [os.open(noisy.path, os.O_RDONLY)], "dump")
-    kept = set(survey(dump).tolist())
+    kept = set(survey(dump).pages.tolist())
     start, size = tree.used
-    assert set(range(start, start + size, 4096)) <= kept
+    full = {pa for pa in range(start, start + size, 4096) if noisy.memory.words(pa, 512).any()}
+    assert full <= kept
+    assert len(full) == size // 4096 - 1  # one table is empty
     assert len(kept) < SIZE // 4096 // 4
     dump.close()
 

@@ -25,7 +25,6 @@ from emu.sources import found_registers, open_source
 from emu.sources.find import find_roots
 from emu.sources.live import LiveMemory, QmpVm
 from emu.sources.qmp import Qmp
-from emu.sources.ram import FileMemory, PagedMemory
 from pgtable import Registers, translate, translate_many
 from pgtable.leaves import Leaves, leaves
 from pgtable.params import Regime, WalkParams
@@ -171,7 +170,6 @@ def test_vmcoreinfo_tells_what_the_registers_say(vm: Booted, truth: Leaves) -> N
 
 def test_the_true_root_is_found_first(vm: Booted, record_property: pytest.RecordProperty) -> None:
     with open_source(vm.dumps["raw"]) as source:
-        assert isinstance(source.memory, FileMemory | PagedMemory)
         start = time.perf_counter()
         found = find_roots(source.memory)
         seconds = time.perf_counter() - start
@@ -203,7 +201,7 @@ def some_vas(rng: random.Random, found: Leaves, n: int) -> list[int]:
 
 def test_gva2gpa_agrees_with_our_walk(vm: Booted, truth: Leaves, rng: random.Random) -> None:
     """Judge: QEMU's own walk for its monitor, of the stopped guest."""
-    vas = some_vas(rng, truth, 3000)
+    vas = some_vas(rng, truth, 2000)
     seen: Counter[str] = Counter()
     for word in vm.words:
         with open_source(word) as source, source.reading():
@@ -219,8 +217,8 @@ def test_gva2gpa_agrees_with_our_walk(vm: Booted, truth: Leaves, rng: random.Ran
                 seen["mapped" if match else "unmapped"] += 1
                 if word.startswith("qmp"):
                     assert (int(many.pa[i]) if many.ok[i] else None) == ours
-    assert seen["mapped"] > 1000
-    assert seen["unmapped"] > 500
+    assert seen["mapped"] > 800
+    assert seen["unmapped"] > 300
 
 
 def test_registers_over_qmp_alone(vm: Booted) -> None:
