@@ -1,8 +1,8 @@
 """Boots a kernel in QEMU and keeps what it has made of its memory: the only file that starts QEMU for that.
 
-How: QEMU's `virt` machine with one CPU, our own initial RAM file system (emu.initramfs), the console on a pipe. When the
-point that was asked for is reached, the gdb stub gives the registers and QMP the RAM; QEMU is then ended, as it is on
-any error and on Ctrl-C.
+How: QEMU's `virt` machine with one CPU, our own initial RAM file system (emu.initramfs), the console on a pipe. At the
+point that was asked for, the gdb stub gives the registers and QMP the RAM; QEMU is then ended, as it is on any error
+and on Ctrl-C.
 
 Points (`at`): "mark" (the first process sleeps; stopped where it enters its system call, so that a task runs, holds no
 lock and has nearly all of its stack), "panic", a symbol (when it is first called), or seconds after the start.
@@ -31,22 +31,21 @@ import numpy as np
 
 from emu import container, dtb, initramfs, snapshot
 from emu.gdbstub import GdbError, GdbStub
-from emu.image import KernelImage, SymbolError
+from emu.image import KernelImage
 from emu.judge.guest import OracleError, find_qemu
+from emu.kernels import is_name
 from emu.snapshot import Origin, Snapshot
 
 RAM_BASE = 0x4000_0000  # of QEMU's virt machine
 TIMEOUT = 120.0  # seconds until a boot counts as failed
 CONSOLE = "console=ttyAMA0 panic=-1"  # a panic ends QEMU at once
 SYSTEM_CALL = "__arm64_sys_ppoll"  # where the first process is met
+STEP = 1 << 16  # KASLR moves a kernel by multiples of this, at least
 SLICE = 0.01  # seconds that the kernel runs between two looks at it
 LAST_LINES = 12
 CPUS = {12: "cortex-a57", 14: "cortex-a76", 16: "cortex-a57"}  # by page shift: the oldest that has that granule
 
-# QEMU's names for registers where they are not the Arm ARM's.
-_NAMES = {"SCTLR": "SCTLR_EL1", "VBAR": "VBAR_EL1", "CPACR": "CPACR_EL1", "CNTKCTL": "CNTKCTL_EL1"}
 _GENERAL = (*(f"x{i}" for i in range(31)), "sp", "pc", "cpsr")
-_VECTORS = ("vectors",)
 _EL = 0b1100  # of PSTATE
 
 Progress = Callable[[str], None]
@@ -95,7 +94,7 @@ def boot(options: Options, output: str | os.PathLike[str], progress: Progress = 
             progress("saving memory")
             ram = guest.save_memory()
         origin = Origin(
-            kernel=options.kernel,
+            kernel=options.kernel if is_name(options.kernel) else os.path.abspath(options.kernel),
             release=image.release,
             sha256=snapshot.content_hash(image),
             kaslr_offset=offset,
@@ -188,7 +187,10 @@ class Guest:
 
     def start(self) -> None:
         """Starts it, with our seeds in its device tree; it runs when `meet` lets it."""
-        tree = self._tree()
+        self.launch(self._tree())
+
+    def launch(self, tree: Path) -> None:
+        """Starts it with the device tree `tree`."""
         sockets = [
             *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=gdb,path={self.folder}/gdb,server=on,wait=off", "-gdb", "chardev:gdb"),
@@ -247,8 +249,9 @@ class Guest:
     def _complaint(self, what: str) -> str:
         said = (self.folder / "stderr").read_text(errors="replace").strip()
         lines = self.console.decode(errors="replace").splitlines()[-LAST_LINES:]
-        text = f"{what}{': ' + _first_line(said) if said else ''}; the console's last lines:"
-        return "\n".join([text, *("  " + line.rstrip() for line in lines if line.strip())]) if lines else text[:-28]
+        text = f"{what}{': ' + _first_line(said) if said else ''}"
+        shown = ["  " + line.rstrip() for line in lines if line.strip()]
+        return "\n".join([f"{text}; the console's last lines:", *shown]) if shown else text
 
     # where it is to be met
 
@@ -256,19 +259,7 @@ class Guest:
         """Runs to the point asked for; the KASLR offset, and the stub that holds the guest there."""
         stub = self._connect()
         try:
-            if self.options.at == "mark":
-                stub.go()
-                self._until(initramfs.MARK, progress)
-                stub.interrupt()
-                offset = self._offset(stub, image)
-                self._break(stub, image.symbols[SYSTEM_CALL] + offset, progress)
-            elif self.options.seconds is not None:
-                self._for(stub, self.options.seconds, progress)
-                offset = self._offset(stub, image)
-            else:
-                offset = self._offset(stub, image) if self.options.kaslr else 0
-                self._break(stub, image.symbols[self.options.at] + offset, progress)
-                offset = self._offset(stub, image)
+            return self._meet(stub, image, progress), stub
         except GdbError as error:
             stub.close()
             self.listen(0)
@@ -276,7 +267,55 @@ class Guest:
         except BaseException:
             stub.close()
             raise
-        return offset, stub
+
+    def _meet(self, stub: GdbStub, image: KernelImage, progress: Progress) -> int:
+        at = self.options.at
+        if at == "mark":
+            stub.go()
+            self._until(initramfs.MARK, progress)
+            stub.interrupt()
+            offset = self._offset(stub, image)
+            self._break(stub, image.symbols[SYSTEM_CALL] + offset, progress)
+        elif self.options.seconds is not None:
+            self._for(stub, self.options.seconds, progress)
+            offset = self._offset(stub, image)
+        else:
+            offset = self._first_call(stub, image, progress)
+        return offset
+
+    def _first_call(self, stub: GdbStub, image: KernelImage, progress: Progress) -> int:
+        """To the symbol, which may run before the kernel's place is known.
+
+        A first run tells the place, as the same seed gives the same again; should it not (a CPU with random numbers of
+        its own), calls from when it is known count.
+        """
+        expected = 0
+        if self.options.kaslr:
+            with self._twin() as twin, twin._connect() as scout:
+                expected = twin._offset(scout, image)
+        va = image.symbols[self.options.at] + expected
+        stub.set_breakpoint(va)
+        offset = self._offset(stub, image, until=va)
+        if offset != expected:
+            stub.clear_breakpoint(va)
+            va += offset - expected
+        if stub.read("pc") != va:
+            self._break(stub, va, progress)
+        return offset
+
+    @contextmanager
+    def _twin(self) -> Iterator[Guest]:
+        """Another QEMU with the same kernel, device tree and all."""
+        folder = self.folder / "twin"
+        folder.mkdir()
+        twin = Guest(self.program, self.options, self.page_shift, folder)
+        for name in ("Image", "initramfs", "tree"):
+            (folder / name).symlink_to(self.folder / name)
+        twin.launch(folder / "tree")
+        try:
+            yield twin
+        finally:
+            twin.close()
 
     def _connect(self) -> GdbStub:
         assert self.process
@@ -316,17 +355,18 @@ class Guest:
         if lines:
             progress(f"console: {lines[-1].strip()}")
 
-    def _offset(self, stub: GdbStub, image: KernelImage) -> int:
-        """The KASLR offset, once the kernel runs in its own map at EL1."""
+    def _offset(self, stub: GdbStub, image: KernelImage, until: int | None = None) -> int:
+        """The KASLR offset, once the kernel runs in its own map at EL1; it stops at a breakpoint at `until`."""
         while True:
             found = _offset_now(stub, image)
             if found is not None:
                 return found
+            if stub.read("pc") == until:
+                return until - image.symbols[self.options.at]
             stub.go()
-            self.listen(SLICE)
-            if stub.wait(SLICE):
-                continue
-            stub.interrupt()
+            if not stub.wait(SLICE):
+                stub.interrupt()
+            self.listen(0.0)
 
     # what is kept
 
@@ -341,8 +381,9 @@ def _offset_now(stub: GdbStub, image: KernelImage) -> int | None:
     """By VBAR_EL1, and only if the kernel's code is there."""
     if not stub.read("cpsr") & _EL:
         return None
-    offset = stub.read("VBAR") - image.symbols["vectors"]
-    if offset < 0 or offset % image.layout.page_size:
+    # Mitigations have vectors of their own, a little behind; the kernel only moves by multiples of STEP.
+    offset = (stub.read("VBAR_EL1") - image.symbols["vectors"]) & -STEP
+    if offset < 0:
         return None
     start, size = image.symbols["schedule"], 256
     try:
@@ -368,7 +409,7 @@ def _registers(stub: GdbStub) -> tuple[dict[str, int], dict[str, int]]:
     """General registers, and all system registers of 64 bits at most."""
     general = {name: stub.read(name) for name in _GENERAL}
     system = {
-        _NAMES.get(name, name): stub.read(name)
+        name: stub.read(name)
         for name, row in stub.registers.items()
         if name not in _GENERAL and row.bits <= 64 and name.isupper()
     }

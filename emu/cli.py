@@ -20,8 +20,8 @@ COMMANDS = {
     "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
-    "snapshot": ("emu.cli_snapshot:snapshot", "Boot a kernel in QEMU and keep it; what a snapshot holds."),
     "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),
+    "snapshot": ("emu.cli_snapshot:snapshot", "Boot a kernel in QEMU and keep it; what a snapshot holds."),
 }
 
 

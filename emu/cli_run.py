@@ -88,6 +88,8 @@ def call(
     if (source is None) == (snapshot is None):
         raise CommandError("call: give --kernel KERNEL or --snapshot FILE")
     if snapshot is not None:
+        if symbols is not None:
+            raise CommandError("call: --symbols goes with --kernel; a snapshot has its kernel's own")
         from emu.cli_snapshot import call_on
 
         done = call_on(snapshot, (function, *arguments), order=order, timeout=timeout, as_json=as_json)

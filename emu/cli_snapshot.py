@@ -149,7 +149,8 @@ def call_on(path: str, words: tuple[str, ...], *, order: bool, timeout: float, a
     from emu.snapshot import Snapshot
 
     with bad_input():
-        machine = Snapshot.load(path).machine()
+        loaded = Snapshot.load(path)
+        machine = loaded.machine(mmu="model" if loaded.lpa2 else "cpu")
         done: list[tuple[str, CallResult, str]] = []
         for function, *arguments in _calls(words):
             target = _resolved(machine, function)

@@ -1,7 +1,8 @@
 """The gdb remote protocol, as much of it as QEMU's stub needs: registers by name, memory, breakpoints, stop and go.
 
 Rules of this file:
-- Registers are found by the names of the target description, never by numbers; QEMU has its system registers there.
+- Registers are found by the names of the target description, never by numbers; QEMU has its system registers there,
+  here with the Arm ARM's names.
 - A guest that is connected to stands still until `go`.
 Source: the manual of GDB, appendix "GDB Remote Serial Protocol".
 """
@@ -16,6 +17,9 @@ from typing import Any, NamedTuple
 
 CHUNK = 0x800  # bytes of a memory or description request
 TIMEOUT = 20.0  # seconds that an answer may take
+
+# Older QEMUs' names for registers where they are not the Arm ARM's.
+_NAMES = {"SCTLR": "SCTLR_EL1", "VBAR": "VBAR_EL1", "CPACR": "CPACR_EL1", "CNTKCTL": "CNTKCTL_EL1"}
 
 
 class GdbError(OSError):
@@ -94,23 +98,23 @@ class GdbStub:
 
     def _describe(self) -> dict[str, Register]:
         found: dict[str, Register] = {}
-        names = re.findall(r'<xi:include href="([^"]+)"', top := self._document("target.xml"))
-        number = 0
-        for text in [top, *map(self._document, names)]:
+        top, number = self._document("target.xml"), 0
+        included = re.findall(r'<xi:include href="([^"]+)"', top)
+        for text in [top, *map(self._document, included)]:
             for attributes in re.findall(r"<reg ([^>]*)/>", text):
-                row = dict(re.findall(r'(\w+)="([^"]*)"', attributes))
+                row: dict[str, str] = dict(re.findall(r'(\w+)="([^"]*)"', attributes))
                 number = int(row.get("regnum", number))
-                found[row["name"]] = Register(number, int(row["bitsize"]))
+                found[_NAMES.get(row["name"], row["name"])] = Register(number, int(row["bitsize"]))
                 number += 1
         return found
 
     def _document(self, name: str) -> str:
-        parts, more = [], True
+        text, more = "", True
         while more:
-            answer = self.ask(f"qXfer:features:read:{name}:{sum(map(len, parts)):x},{CHUNK:x}")
+            answer = self.ask(f"qXfer:features:read:{name}:{len(text):x},{CHUNK:x}")
             more = answer.startswith("m")
-            parts.append(answer[1:])
-        return "".join(parts)
+            text += answer[1:]
+        return text
 
     def read(self, name: str) -> int:
         """A register's value. Raises KeyError for a name that the target has not."""

@@ -117,7 +117,6 @@ class KernelImage:
         except relocate.RelocationError as error:
             raise ImageError(f"{self.name} cannot be moved: {error}") from None
 
-
     def moved(self, by: int) -> KernelImage:
         """The same kernel as it reads and is named when it runs `by` bytes above its link address (KASLR).
 

@@ -25,9 +25,7 @@ def elf(code: bytes) -> bytes:
     """A static AArch64 program: `code` starts at its first byte and is mapped read-only and executable."""
     size = _HEADERS + len(code)
     ident = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)  # 64 bits, little-endian, version 1
-    header = struct.pack(
-        "<HHIQQQIHHHHHH", _EXEC, _AARCH64, 1, _ORIGIN + _HEADERS, 64, 0, 0, 64, 56, 1, 64, 0, 0
-    )
+    header = struct.pack("<HHIQQQIHHHHHH", _EXEC, _AARCH64, 1, _ORIGIN + _HEADERS, 64, 0, 0, 64, 56, 1, 64, 0, 0)
     segment = struct.pack("<IIQQQQQQ", _LOAD, _READ_EXECUTE, 0, _ORIGIN, _ORIGIN, size, size, _ALIGN)
     return ident + header + segment + code
 

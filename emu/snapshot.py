@@ -29,7 +29,7 @@ import numpy as np
 from emu.image import ImageError, KernelImage
 from pgtable import CPUS, PhysicalMemory, Registers
 from pgtable.memory import PAGE
-from pgtable.registers import NAMES
+from pgtable.registers import NAMES, TCR_EL1
 
 if TYPE_CHECKING:
     from emu.warm import WarmMachine
@@ -118,6 +118,11 @@ class Snapshot:
         values = {name: value for name, value in self.system.items() if name in NAMES and "EL1" in name}
         return Registers(CPUS.get(self.origin.cpu, CPUS["max"]), **values)
 
+    @property
+    def lpa2(self) -> bool:
+        """Its tables have 52-bit addresses, for which a machine needs mmu="model"."""
+        return bool(TCR_EL1["DS"].get(self.registers.TCR_EL1))
+
     @cached_property
     def image(self) -> KernelImage:
         """The kernel as it runs: symbols at run-time addresses.
@@ -147,7 +152,7 @@ class Snapshot:
 
 def content_hash(image: KernelImage) -> str:
     """SHA-256 of a kernel's bytes at its link address."""
-    return hashlib.sha256(image.data).hexdigest()
+    return hashlib.sha256(image.data.data).hexdigest()
 
 
 def _header(path: Path, file: IO[bytes]) -> dict[str, Any]:

@@ -25,13 +25,14 @@ import numpy as np
 from emu import coldboot, engine
 from emu.coldboot import Plan, SetUp
 from emu.engine import Ended, SystemInstruction
-from emu.exceptions import Stop, Touch
+from emu.exceptions import Stop
 from emu.machine import TIMEOUT, CallResult, Machine, State
 from emu.mmu import LATER
-from pgtable import Granule, NoMemory, PhysicalMemory, Registers, translate
+from pgtable import NoMemory, PhysicalMemory, Registers, translate
 from pgtable.build import MapError, TableBuilder
 from pgtable.leaves import halves, tables
 from pgtable.params import WalkParams
+from pgtable.registers import SCTLR_EL1
 
 if TYPE_CHECKING:
     from emu.machine import _Budget
@@ -119,12 +120,16 @@ class WarmMachine(Machine):
         self._printing: list[_Printing] = []
         self._new_code = False
         features = snapshot.registers.features if mmu == "model" else None
-        super().__init__(_set_up(snapshot), snapshot.image, features=features, vectors=vectors if features else None)
+        super().__init__(
+            _set_up(snapshot, mmu), snapshot.image, features=features, vectors=vectors if features else None
+        )
         self._silent = bool(snapshot.system.get("CTR_EL0", CTR_DIC) & CTR_DIC)
         self._set_hooks()
 
     def _start(self, regs: Registers) -> None:
         super()._start(regs)
+        # Return addresses are not signed: Unicorn traps PACIASP, and a call returns through none from before.
+        self.set_register("SCTLR_EL1", SCTLR_EL1.pack(regs.SCTLR_EL1, EnIA=0, EnIB=0, EnDA=0, EnDB=0))
         for name in ("TPIDR_EL1", "TPIDR_EL0", "CONTEXTIDR_EL1", "VBAR_EL1"):
             self.cpu[name] = self.snapshot.system[name]
         for name in LATER if self.mmu else ():
@@ -151,7 +156,7 @@ class WarmMachine(Machine):
         """The address of a symbol or of its only variant, or of an address itself; raises SymbolError."""
         return name if isinstance(name, int) else self.snapshot.image.symbols.find(name)
 
-    def call(  # type: ignore[override]  # it takes more
+    def call(  # it takes more
         self,
         function: str | int,
         *args: int | str | bytes,
@@ -192,7 +197,7 @@ class WarmMachine(Machine):
             values.append(top)
         return values, top
 
-    def run(self, *_: object, **__: object) -> CallResult:  # type: ignore[override]
+    def run(self, *_: object, **__: object) -> CallResult:
         """Snippets need pages of their own, which a booted kernel has not; raises ValueError."""
         raise ValueError("a snippet runs on Machine.bare() or Machine.boot(): here, functions are called")
 
@@ -323,12 +328,14 @@ def _classified(stop: Stop, ram: tuple[int, int]) -> Stop:
     return replace(stop, kind="device", message=f"{walk.access} at {walk.va:#x}: a device at PA {walk.pa:#x}")
 
 
-def _set_up(snapshot: Snapshot) -> SetUp:
+def _set_up(snapshot: Snapshot, mmu: str) -> SetUp:
     """What a machine starts from: the snapshot's memory, its trees, its registers."""
     memory, regs = snapshot.fresh_memory(), snapshot.registers
     trees = {params.half_base > 0: LiveTree(memory, params) for params in halves(regs)}
     if True not in trees:
         raise coldboot.BootError(f"{snapshot.path} was made before the kernel had its tables")
+    if mmu == "cpu" and snapshot.lpa2:
+        raise coldboot.BootError(f'{snapshot.path} has LPA2 tables, which Unicorn\'s MMU has not: take mmu="model"')
     upper = trees[True]
     return SetUp(_plan(snapshot, memory, upper), memory, upper, trees.get(False, upper), regs)
 

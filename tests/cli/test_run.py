@@ -216,10 +216,13 @@ def test_a_call_without_an_end_is_ended_by_the_timeout() -> None:
 
 KERNEL = ("--kernel", "debian:6.1")
 WRONG = {
-    "unknown function to check": (("check", "memcpy", *KERNEL), "check memcpy: only set_memory_valid can be checked"),
+    "unknown function to check": (
+        ("check", "memcpy", *KERNEL),
+        "check memcpy: debian:6.1 has walk_page_range_novma, .*, and all of them is `all`",
+    ),
     "unknown model": (
         ("check", "set_memory_valid", *KERNEL, "--model", "5.10"),
-        "model 5.10: there is none, only 6.1, 6.12, 7.x",
+        r"model 5\.10: there is none, only 6\.1, 6\.12-novma, 6\.12, 7\.x, .*",
     ),
     "more pages than there are": (
         ("check", "set_memory_valid", *KERNEL, "--pages", "40000"),
