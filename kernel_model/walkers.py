@@ -15,8 +15,6 @@ from kernel_model.locks import Check, Effect, Need, WalkLock
 from kernel_model.mm import EINVAL, Bug, Kernel, Mm, Rwsem, Vma
 from kernel_model.pagewalk import MmWalk, MmWalkOps, __walk_page_range, walk_page_test, walk_pgd_range
 
-_walk_one_vma = __walk_page_range
-
 
 class NotInKernel(LookupError):  # noqa: N818  the function is not in the kernel
     """The variant has no such function; names both."""
@@ -53,7 +51,7 @@ def _walk_vma_of_range(walk: MmWalk, vma: Vma, start: int, end: int) -> int:
     err = walk_page_test(start, end, walk)
     if err:
         return min(err, 0)
-    return _walk_one_vma(start, end, walk)
+    return __walk_page_range(start, end, walk)
 
 
 def walk_page_range_mm_unsafe(
@@ -121,7 +119,7 @@ def walk_page_range_vma(
     walk = MmWalk(kernel, ops, private=private, vma=vma, no_vma=False, mm=vma.mm)
     if _refused(name or "walk_page_range_vma", walk, start, end, mm=vma.mm, vma=vma):
         return -EINVAL
-    return _walk_one_vma(start, end, walk)
+    return __walk_page_range(start, end, walk)
 
 
 def walk_page_range_vma_unsafe(
@@ -140,7 +138,7 @@ def walk_page_vma(kernel: Kernel, vma: Vma, ops: MmWalkOps, private: Any = None)
         err = walk_page_test(vma.start, vma.end, walk)
         if err:
             return min(err, 0)
-    return _walk_one_vma(vma.start, vma.end, walk)
+    return __walk_page_range(vma.start, vma.end, walk)
 
 
 def walk_page_mapping(
@@ -162,7 +160,7 @@ def walk_page_mapping(
         err = walk_page_test(vma.start, vma.end, walk)
         if err:
             return min(err, 0)
-        err = _walk_one_vma(cut[0], cut[1], walk)
+        err = __walk_page_range(cut[0], cut[1], walk)
         if err:
             return err
     return 0
