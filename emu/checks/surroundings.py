@@ -147,6 +147,8 @@ class Arranger:
         self._preempt_count(around.context)
         if around.area:
             self._write_area(around.area)
+        if settings.crypt_ops:  # again for each: a world that was reset has forgotten it
+            self.world.machine.memory.write(self.world.plan.code_pa + 0x800, self._crypt_table)
         realm = self.world.image.symbols.get("realm_crypt_ops", 0) if settings.realm else 0
         self._poke("crypt_ops", realm or (self._crypt_ops if settings.crypt_ops else 0), 8)
         self._patch(settings)
@@ -156,8 +158,7 @@ class Arranger:
         world, at = self.world, self.world.plan.code + 0x800
         for i, name in enumerate(("encrypted", "decrypted")):
             world.machine.stub(at + 64 + 8 * i, lambda machine, name=name: self._crypts(machine, name))  # type: ignore[misc]
-        table = b"".join((at + 64 + 8 * i).to_bytes(8, "little") for i in range(2))
-        world.machine.memory.write(world.plan.code_pa + 0x800, table)
+        self._crypt_table = b"".join((at + 64 + 8 * i).to_bytes(8, "little") for i in range(2))
         return at
 
     def _crypts(self, machine: Machine, name: str) -> int:
