@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from emu.cli import CommandError
-from emu.cli_run import _JSON, _KERNEL, _SYMBOLS, bad_input, load_image, report_json, report_text
+from emu.cli_run import _JSON, _SYMBOLS, bad_input, load_image, report_json, report_text
 
 if TYPE_CHECKING:
     from emu.checks.campaign import Campaign, FunctionReport
+    from emu.checks.coverage import FunctionCoverage
     from emu.image import KernelImage
     from kernel_model.variants import Variant
 
@@ -23,7 +25,8 @@ MAIN_JOB = "set_memory_valid"
 
 @click.command()
 @click.argument("function")
-@_KERNEL
+@click.option("--kernel", "source", metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
+@click.option("--snapshot", metavar="FILE", help="With ptdump: a booted kernel's own tables instead.")
 @_SYMBOLS
 @click.option("--cases", type=click.IntRange(0, 1_000_000), help="Random cases of each function (default 200).")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Of the random cases.")
@@ -38,7 +41,8 @@ MAIN_JOB = "set_memory_valid"
 def check(
     ctx: click.Context,
     function: str,
-    source: str,
+    source: str | None,
+    snapshot: str | None,
     symbols: str | None,
     cases: int | None,
     seed: int,
@@ -56,22 +60,31 @@ def check(
     of the linear map made invalid, then valid, shown in full. Everything else is many cases: prepared ones for each
     situation, then --cases random ones. Exit code 1 if anything differs, or if a row of the model's table was not
     reached.
+
+    ptdump with --snapshot: the dump of the booted kernel against ours of the RAM file; then again with one bit of one
+    descriptor changed, --cases times.
     """
     from kernel_model.variants import by_name
 
+    if (source is None) == (snapshot is None) or (snapshot and function != "ptdump"):
+        raise CommandError("check: give --kernel KERNEL, or with ptdump --snapshot FILE")
+    if snapshot is not None:
+        from emu.cli_ptdump import check_booted
+
+        ctx.exit(check_booted(snapshot, 200 if cases is None else cases, seed, as_json))
+    assert source
     with bad_input():
         variant = by_name(model) if model else None
-        if function == MAIN_JOB and cases is None:
+        if function == MAIN_JOB and cases is None and not stored:
             _main_job(ctx, source, symbols, pages, enable, variant, as_json)
         image = load_image(source, symbols)
         if stored:
             campaign = _one(image, function, Path(stored), variant)
         else:
             campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant, jobs)
-    saved = [] if stored else _save(campaign, Path(save or "pgtable-failures"))
     click.echo(json.dumps(campaign_json(campaign, function), indent=1) if as_json else campaign_text(campaign))
-    for path in saved:
-        click.echo(f"failing case saved: {path}", err=True)
+    if not stored:
+        _save(campaign, Path(save or "pgtable-failures"))
     ctx.exit(0 if campaign.ok else 1)
 
 
@@ -109,18 +122,20 @@ def _campaign(
 def _one(image: KernelImage, function: str, path: Path, variant: Variant | None) -> Campaign:
     """A stored case alone: it is not shrunk, and reaches what it reaches."""
     from emu.checks import registry
-    from emu.checks.campaign import FLAVOURS, Campaign, Worlds, run_stored
+    from emu.checks.campaign import Campaign, Worlds, run_stored
     from emu.checks.stored import StoredError, load
 
+    if function not in registry.HARNESSES or function not in image.symbols:
+        raise CommandError(f"case {path}: {image.name} has no {function} that is checked case by case")
+    worlds, harness = Worlds(image, variant), registry.harness(function)
     try:
-        name, flavour, case = load(path.read_text())
+        flavour, case = load(path.read_text(), function, harness.case)
     except (OSError, UnicodeDecodeError, StoredError) as error:
         raise CommandError(f"case {path}: {error}") from None
-    if function != name or name not in registry.HARNESSES or name not in image.symbols or flavour not in FLAVOURS:
-        raise CommandError(f"case {path}: is of {name} in world {flavour}, not of {function} of {image.name}")
-    worlds = Worlds(image, variant)
+    if flavour not in worlds.flavours(harness):
+        raise CommandError(f"case {path}: {image.name} has no world {flavour} for {function}")
     found = Campaign(image.name, image.release, (variant or worlds[flavour].variant).name, 0)
-    found.reports.append(run_stored(worlds, registry.harness(name), flavour, case))
+    found.reports.append(run_stored(worlds, harness, flavour, case))
     return found
 
 
@@ -140,18 +155,28 @@ class _Progress:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def _save(campaign: Campaign, folder: Path) -> list[Path]:
-    """Writes the failing cases, each to a file of its own."""
-    from emu.checks.stored import dump
+def _save(campaign: Campaign, folder: Path) -> None:
+    """Writes the failing cases that can be run again, each to a new file, and says where or why not."""
+    from emu.checks import registry
+    from emu.checks.stored import StoredError, dump
 
-    saved = []
     for report in campaign.reports:
-        for i, failure in enumerate(report.failures):
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{report.function}-{campaign.release}-{campaign.seed}-{i}.json".replace("/", "_")
-            path.write_text(dump(report.function, failure.flavour, failure.case))
-            saved.append(path)
-    return saved
+        for failure in report.failures if report.function in registry.HARNESSES else ():
+            name = f"{report.function}-{campaign.release}-{campaign.seed}".replace("/", "_")
+            try:
+                path = _write_new(folder, name, dump(report.function, failure.flavour, failure.case))
+            except (OSError, StoredError) as error:
+                click.echo(f"failing case of {report.function} not saved: {error}", err=True)
+            else:
+                click.echo(f"failing case saved: {path}", err=True)
+
+
+def _write_new(folder: Path, name: str, text: str) -> Path:
+    """Writes NAME-N.json with the first N that no file has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next(path for path in (folder / f"{name}-{i}.json" for i in count()) if not path.exists())
+    path.write_text(text)
+    return path
 
 
 # text
@@ -198,6 +223,7 @@ def _details(report: FunctionReport) -> list[str]:
 
 def campaign_json(campaign: Campaign, function: str) -> dict[str, Any]:
     """A campaign as `--json` prints it."""
+    failures = [failure for report in campaign.reports for failure in report.failures]
     return {
         "schema": "pgtable.check/1",
         "kernel": campaign.kernel,
@@ -206,36 +232,32 @@ def campaign_json(campaign: Campaign, function: str) -> dict[str, Any]:
         "function": function,
         "seed": campaign.seed,
         "events": campaign.events,
-        "differences": [
-            difference.as_json()
-            for r in campaign.reports
-            for failure in r.failures
-            for difference in failure.differences
+        "differences": [difference.as_json() for failure in failures for difference in failure.differences],
+        "functions": [_report_json(report) for report in campaign.reports],
+        "coverage": [_coverage_json(cover) for cover in campaign.coverage],
+    }
+
+
+def _report_json(report: FunctionReport) -> dict[str, Any]:
+    return {
+        "function": report.function,
+        "cases": report.cases,
+        "events": report.events,
+        "failed": report.failed,
+        "unreached": report.unreached,
+        "failures": [
+            {"world": f.flavour, "case": str(f.case), "differences": [d.as_json() for d in f.differences]}
+            for f in report.failures
         ],
-        "functions": [
-            {
-                "function": report.function,
-                "cases": report.cases,
-                "events": report.events,
-                "failed": report.failed,
-                "unreached": report.unreached,
-                "failures": [
-                    {"world": f.flavour, "case": str(f.case), "differences": [d.as_json() for d in f.differences]}
-                    for f in report.failures
-                ],
-            }
-            for report in campaign.reports
-        ],
-        "coverage": [
-            {
-                "function": cover.name,
-                "blocks": cover.blocks,
-                "reached": cover.reached,
-                "unreached": [
-                    {"at": f"{u.part}+{u.offset:#x}", "instruction": u.instruction, "reason": u.reason}
-                    for u in cover.unreached
-                ],
-            }
-            for cover in campaign.coverage
+    }
+
+
+def _coverage_json(cover: FunctionCoverage) -> dict[str, Any]:
+    return {
+        "function": cover.name,
+        "blocks": cover.blocks,
+        "reached": cover.reached,
+        "unreached": [
+            {"at": f"{u.part}+{u.offset:#x}", "instruction": u.instruction, "reason": u.reason} for u in cover.unreached
         ],
     }

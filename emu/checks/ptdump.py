@@ -225,7 +225,7 @@ class Bench:
             stop = RUNAWAY
         said = text(st.notes, self.bits, self.levels)
         clears = any(isinstance(event, Write) for event in kernel.events)
-        blocks = 100_000 + 200 * kernel.steps + 5_000 * len(st.notes) if stop else None
+        blocks = blocks_of(kernel, st.notes) if stop else None
         return Prediction(Dump(said, wx, self.memory.read(*used), stop), st.notes, clears, blocks)
 
     def real(self, case: Case, root: int, used: tuple[int, int], *, blocks: int | None = None) -> Dump:
@@ -236,7 +236,7 @@ class Bench:
         machine.write(mm + self._offset("mm_struct", "pgd"), linear_root.to_bytes(8, "little"))
         seq, info = self._hand_over(case, mm)
         walked = machine.call("ptdump_walk", seq, info, record="nothing", blocks=blocks, timeout=TIMEOUT)
-        stop = _stopped(walked)
+        stop = stopped(walked)
         written = machine.word_at(seq + self._offset("seq_file", "count"), 8)
         if written >= BUFFER:
             return Dump("", None, b"", "the text does not fit")
@@ -275,7 +275,7 @@ class Bench:
         self._printed.clear()
         result = self.machine.call("ptdump_check_wx", record="nothing", blocks=blocks, timeout=TIMEOUT)
         if result.stop:
-            return None, _stopped(result)
+            return None, stopped(result)
         checked = next(said for said in self._printed if "Checked W+X" in said[0])
         counts = checked[1:] if "FAILED" in checked[0] else (0, 0)
         first = [Insecure(f, va) for said, va, _ in self._printed for key, f in MESSAGES.items() if key in said]
@@ -297,7 +297,12 @@ def marker_table(image: KernelImage) -> int | None:
     return image.symbols[found[0]] if found else None
 
 
-def _stopped(result: CallResult) -> str:
+def blocks_of(kernel: Kernel, notes: Sequence[Line | AddrMarker]) -> int:
+    """Basic blocks that are more than a dump takes which made these notes in the steps of `kernel`."""
+    return 100_000 + 60 * kernel.steps + 5_000 * len(notes)
+
+
+def stopped(result: CallResult) -> str:
     """Why a call did not end, "" if it did; RUNAWAY inside the loop that waits for a run of PTEs to fit."""
     if result.stop is None:
         return "".join(f"{warning}" for warning in result.warnings[:1])
@@ -333,7 +338,7 @@ def run(image: KernelImage, cases: int, seed: int, *, va_bits: int | None = None
     for case, (root, used) in trees(bench, cases, seed):
         predicted = bench.predict(case, root, used)
         real = bench.real(case, root, used, blocks=predicted.blocks)
-        found = compare(case, predicted.dump, real)
+        found = compare(case.name, predicted.dump, real)
         done, lines = done + 1, lines + real.text.count("\n")
         differences += found
         if not found:
@@ -358,18 +363,18 @@ def compare_markers(bench: Bench) -> list[str]:
     return [f"address_markers: predicted {a}, real {b}" for a, b in pairs if a != b] or ["address_markers: count"]
 
 
-def compare(case: Case, predicted: Dump, real: Dump) -> list[str]:
+def compare(name: str, predicted: Dump, real: Dump) -> list[str]:
     """What differs, the first line of a text that does; [] when the prediction was right."""
     if predicted.stop != real.stop:
-        return [f"{case.name}: predicted {predicted.stop or 'an end'}, real {real.stop or 'an end'}"]
+        return [f"{name}: predicted {predicted.stop or 'an end'}, real {real.stop or 'an end'}"]
     found = []
     if predicted.text != real.text:
         mine, theirs = predicted.text.split("\n"), real.text.split("\n")
         n = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
         a, b = (lines[n] if n < len(lines) else "" for lines in (mine, theirs))
-        found.append(f"{case.name}: line {n}: predicted {a!r}, real {b!r}")
+        found.append(f"{name}: line {n}: predicted {a!r}, real {b!r}")
     if predicted.wx != real.wx:
-        found.append(f"{case.name}: check_wx: predicted {predicted.wx}, real {real.wx}")
+        found.append(f"{name}: check_wx: predicted {predicted.wx}, real {real.wx}")
     if predicted.tree != real.tree:
-        found.append(f"{case.name}: the tree afterwards differs")
+        found.append(f"{name}: the tree afterwards differs")
     return found

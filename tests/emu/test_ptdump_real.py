@@ -56,7 +56,7 @@ def judge(on: Bench, case: Case, made: tuple[int, tuple[int, int]]) -> Judged:
     tree = on.memory.read(*used)
     predicted = on.predict(case, root, used)
     real = on.real(case, root, used, blocks=predicted.blocks)
-    return Judged(case, root, used, tree, predicted, real, compare(case, predicted.dump, real))
+    return Judged(case, root, used, tree, predicted, real, compare(case.name, predicted.dump, real))
 
 
 def one(name: str, case: Case) -> Judged:
@@ -260,7 +260,7 @@ def noticed(name: str) -> bool:
 def told(on: Bench, each: Judged) -> bool:
     """Whether the model, as it is now, says something else than the kernel wrote."""
     on.memory.write(each.used[0], each.tree)
-    return bool(compare(each.case, on.predict(each.case, each.root, each.used).dump, each.real))
+    return bool(compare(each.case.name, on.predict(each.case, each.root, each.used).dump, each.real))
 
 
 @pytest.mark.parametrize(
