@@ -82,7 +82,11 @@ def _regime(regs: Registers, el: int) -> Regime:
 
 def at(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap | None = None) -> int:
     """PAR_EL1 after `AT operation, va`; raises ExternalAbort where the instruction takes an exception instead."""
-    walk = at_walk(memory, regs, operation, va, swap)
+    return par_of_walk(at_walk(memory, regs, operation, va, swap))
+
+
+def par_of_walk(walk: Walk) -> int:
+    """PAR_EL1 after the AT instruction that made `walk`; raises ExternalAbort as `at`."""
     if isinstance(walk.result, Fault):
         if walk.result.type is FaultType.EXTERNAL_ON_WALK:
             raise ExternalAbort(walk, walk.result.esr(walk.access))

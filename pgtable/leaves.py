@@ -1,9 +1,8 @@
 """Everything that a tree maps, as arrays; and where its tables are.
 
 Rules of this file:
-- One array step per level: a level's tables are gathered at once, split into leaves and the next level's tables.
-- A table outside RAM ends its branch; a tree that refers to its own tables is followed level by level like any
-  other, and refused when it grows beyond `MAX_TABLES`.
+- The tables are tree.py's; a tree that refers to its own tables is followed like any other, and refused where that
+  file would leave out a part.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from pgtable.descriptors import LAST_LEVEL
 from pgtable.memory import TableMemory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
-from pgtable.walk import leaf_permissions, regime_of
-
-MAX_TABLES = 1 << 22  # table pages visited: 16 GiB of 4K tables
-MAX_VISITS = 1 << 12  # of a table page at one level, on average, in a tree that refers to its own upper tables
+from pgtable.tree import NO_TABLES, Levels, Tables, Tree, grow, halves, words_of
+from pgtable.walk import leaf_permissions
 
 _NONE = np.zeros(0, np.uint64)
 
-Levels = npt.NDArray[np.int8]
+
+__all__ = ["Leaves", "Levels", "Run", "Tables", "halves", "leaves", "permissions_of", "runs", "tables"]
 
 
 class Leaves(NamedTuple):
@@ -43,20 +41,6 @@ class Leaves(NamedTuple):
     slot: Words
     inherited: Words
     perms: npt.NDArray[np.uint16]
-
-
-class Tables(NamedTuple):
-    """Table pages of a tree, level by level; a page that is referred to twice is there twice. Shape (n,).
-
-    `pa`, `va` uint64: where the table is, the lowest VA it translates. `level` int8: the level of its entries.
-    `inherited` uint64: the table attribute bits above it. `there` bool: there is RAM.
-    """
-
-    pa: Words
-    va: Words
-    level: Levels
-    inherited: Words
-    there: npt.NDArray[np.bool_]
 
 
 class Run(NamedTuple):
@@ -79,10 +63,20 @@ def leaves(memory: TableMemory, regs: Registers, *, regime: Regime | None = None
 
 
 def tables(memory: TableMemory, regs: Registers, *, regime: Regime | None = None) -> Tables:
-    """All table pages of both halves of a regime (default: that of EL1), roots first."""
-    nothing = Tables(_NONE, _NONE, _NONE.astype(np.int8), _NONE, _NONE.astype(np.bool_))
-    parts = [nothing, *(level for p in halves(regs, regime) for level, _ in _levels(memory, p, pages=False))]
-    return Tables(*_joined(parts))
+    """All table pages of both halves of a regime (default: that of EL1), roots first.
+
+    Raises ValueError for a tree that refers to itself more often than can be followed.
+    """
+    levels = [level for p in halves(regs, regime) for level in _complete(memory, p).levels]
+    return Tables(*_joined(levels)) if levels else NO_TABLES
+
+
+def _complete(memory: TableMemory, p: WalkParams) -> Tree:
+    """All visits of a half's tables; raises ValueError for a tree that has too many."""
+    tree = grow(memory, p)
+    if not tree.complete:
+        raise ValueError(f"the tree at PA {p.base:#x} refers to itself more often than can be followed")
+    return tree
 
 
 def _joined(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -90,65 +84,18 @@ def _joined(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
-    """The walk parameters of the halves that are on, with a root that can be reached: lower, then upper."""
-    regime = regime or regime_of(regs, 1)
-    sides = (0, 1 << 63 | 1 << 55) if regime.has_el0 else (0,)
-    found = [WalkParams.of(regs, regime, va) for va in sides]
-    return [p for p in found if p.mmu_on and p.txsz_ok and not p.epd and not p.base & p.over]
-
-
-def _unread(memory: TableMemory, pa: Words) -> tuple[Words, npt.NDArray[np.bool_]]:
-    """Tables whose words nobody wants, and whether there is RAM."""
-    return np.zeros((len(pa), 0), np.uint64), memory.gather(pa)[1]
-
-
-def _levels(memory: TableMemory, p: WalkParams, *, pages: bool = True) -> list[tuple[Tables, Words]]:
-    """For each level, its tables and their words: uint64 (tables, entries). Without `pages`, level 3 stays unread."""
-    found: list[tuple[Tables, Words]] = []
-    pa, va, inherited = (np.array([x], np.uint64) for x in (p.base, p.half_base, 0))
-    visited = 0
-    for level, _, mask in p.levels:
-        visited += len(pa)
-        distinct = np.unique(pa)
-        recursive = any(np.isin(distinct, above.pa).any() for above, _ in found)
-        if visited > MAX_TABLES or (recursive and len(pa) > MAX_VISITS * len(distinct)):
-            raise ValueError(f"the tree at PA {p.base:#x} has {visited} tables at level {level}: it refers to itself")
-        words, there = memory.tables(pa, mask + 1) if level != LAST_LEVEL or pages else _unread(memory, pa)
-        if p.big_endian:
-            words = words.byteswap()
-        found.append((Tables(pa, va, np.full(len(pa), level, np.int8), inherited, there), words))
-        if level == LAST_LEVEL:
-            break
-        pa, va, inherited = _below(p, found[-1][0], words, level)
-        if not len(pa):
-            break
-    return found
-
-
-def _below(p: WalkParams, above: Tables, words: Words, level: int) -> tuple[Words, Words, Words]:
-    """The tables that the entries of a level refer to: PA, VA, accumulated table attributes."""
-    table = p.fmt.table(level)
-    is_table = (table["VALID"].get(words) & table["TYPE"].get(words)) == 1
-    row, entry = np.nonzero(is_table)
-    descriptors = words[row, entry]
-    pa = p.table_address(descriptors)
-    ok = (pa & np.uint64(p.over)) == 0
-    va = above.va[row] + entry.astype(np.uint64) * np.uint64(p.fmt.granule.level_size(level))
-    inherited = (above.inherited[row] | descriptors) & np.uint64(p.inherited_mask)
-    return pa[ok], va[ok], inherited[ok]
-
-
 def _leaves_of(memory: TableMemory, p: WalkParams) -> Leaves:
-    parts = [_leaves_at(p, level, words) for level, words in _levels(memory, p)]
+    parts = []
+    for found, (level, _, mask) in zip(_complete(memory, p).levels, p.levels, strict=False):
+        words, there = words_of(memory, p, found.pa, mask + 1)
+        parts.append(_leaves_at(p, level, found, np.where(there[:, None], words, np.uint64(0))))
     columns = _joined(parts)
     order = np.argsort(columns[0], kind="stable")
     return Leaves(*(column[order] for column in columns))
 
 
-def _leaves_at(p: WalkParams, found: Tables, words: Words) -> Leaves:
+def _leaves_at(p: WalkParams, level: int, found: Tables, words: Words) -> Leaves:
     """The blocks or pages in the tables of one level."""
-    level = int(found.level[0])
     leaf = p.fmt.leaf(level)
     wanted = 1 if level == LAST_LEVEL else 0
     is_leaf = (leaf["VALID"].get(words) == 1) & (leaf["TYPE"].get(words) == wanted)

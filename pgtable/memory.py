@@ -228,7 +228,12 @@ class PhysicalMemory:
 
     def tables(self, pas: Words, n: int) -> tuple[Words, Flags]:
         """Tables of `n` words at each of `pas` (8-byte aligned): uint64 of shape (len(pas), n), and bool of shape
-        (len(pas),), False where the table does not begin in RAM. Words outside RAM are 0."""
+        (len(pas),), False where the table does not begin in RAM. Words outside RAM are 0. To be read: tables that
+        follow one another are a view of the memory."""
+        for region in self.regions:
+            rows = _rows_of(region, pas, n)
+            if rows is not None:
+                return rows, np.ones(len(pas), np.bool_)
         out = np.zeros((len(pas), n), np.uint64)
         there = np.zeros(len(pas), np.bool_)
         index = np.arange(n)
@@ -345,6 +350,21 @@ def _private_pages(region: Region) -> npt.NDArray[np.int64]:
         )
     own = (words & np.uint64(_PRESENT | _SWAPPED) != 0) & (words & np.uint64(_FILE_OR_SHARED) == 0)
     return np.flatnonzero(np.repeat(own, host_page // PAGE))
+
+
+def _rows_of(region: Region, pas: Words, n: int) -> Words | None:
+    """Tables of `n` words that are all in `region`, each at a multiple of its size there; None for others."""
+    if not len(pas):
+        return None
+    number, rest = np.divmod(pas - np.uint64(region.base), np.uint64(8 * n))
+    count = region.size // (8 * n)
+    if rest.any() or int(number.max()) >= count:
+        return None
+    tables = region.words[: count * n].reshape(count, n)
+    first = int(number[0])
+    if (number == np.arange(first, first + len(pas), dtype=np.uint64)).all():
+        return tables[first : first + len(pas)]
+    return tables[number.astype(np.int64)]
 
 
 def _file(base: int, size: int) -> int:

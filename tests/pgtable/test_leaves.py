@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pgtable import Access, Kind, PhysicalMemory, Registers, translate
-from pgtable import leaves as listing
 from pgtable.leaves import leaves, runs, tables
 from pgtable.params import Regime
 from pgtable.walk import Walk
@@ -305,17 +304,8 @@ def test_a_tree_of_nothing_but_itself_is_refused_with_a_sentence(granule: str, i
     memory = _physical(made)
     memory.words(ROOT, 1 << STRIDE[granule])[:] = table(ROOT)
     for call in (leaves, tables):
-        with pytest.raises(
-            ValueError, match=r"^the tree at PA 0x40000000 has \d+ tables at level \d: it refers to itself$"
-        ):
+        with pytest.raises(ValueError, match=r"^the tree at PA 0x40000000 refers to itself more often than"):
             call(memory, made.regs)
-
-
-def test_a_tree_of_too_many_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MAX_TABLES", 3)
-    made = tree()
-    with pytest.raises(ValueError, match=r"has 4 tables at level 3: it refers to itself$"):
-        leaves(_physical(made), made.regs)
 
 
 def test_indirect_permissions_and_overlays_are_listed_as_the_walk_gives_them() -> None:

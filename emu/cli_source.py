@@ -1,0 +1,103 @@
+"""What every command with a SOURCE shares: its options, opening it, addresses as words.
+
+Rules of this file: a source without registers gets them from its RAM, and stderr says from where; a live guest stands
+still while a command reads; every mistake is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from emu.cli import CommandError
+
+if TYPE_CHECKING:
+    from emu.sources import Source
+    from pgtable.params import Regime
+    from pgtable.registers import Registers
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+REGIMES = ("EL10", "EL20", "EL2", "EL3")
+_BARE = re.compile(r"[0-9a-fA-F]{16}")
+_SYMBOL = re.compile(r"([A-Za-z_.$][\w.$]*)(?:\+(\w+))?")
+
+registers_file = click.option("--regs", "regs", metavar="FILE", help="Registers: NAME=VALUE lines, or a JSON object.")
+register = click.option("--reg", "reg", multiple=True, metavar="NAME=VALUE", help="One register; counts more.")
+regime_option = click.option("--regime", type=click.Choice(REGIMES), help="The translation regime [EL10].")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schema).")
+
+
+def source_options(command: F) -> F:
+    """--regs, --reg, --regime and --json."""
+    for option in (json_option, regime_option, register, registers_file):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def opened(word: str, regs: str | None = None, reg: tuple[str, ...] = ()) -> Iterator[Source]:
+    """The source that `word` names, with registers, standing still; where they come from is said on stderr."""
+    from emu.kernels import KernelError, fetch, is_name
+    from emu.sources import SourceError, found_registers, open_source
+
+    try:
+        if is_name(word):
+            fetch(word, progress=lambda message: click.echo(message, err=True))
+        source = open_source(word, registers=regs, given=reg)
+    except (SourceError, KernelError) as error:
+        raise CommandError(str(error)) from None
+    with source:
+        try:
+            if source.registers is None:
+                found_registers(source)
+                click.echo(f"registers: {source.origin}", err=True)
+            with source.reading():
+                yield source
+        except SourceError as error:
+            raise CommandError(str(error)) from None
+
+
+def registers_of(source: Source) -> Registers:
+    """The registers of an opened source."""
+    assert source.registers is not None
+    return source.registers
+
+
+def regime_of(name: str | None) -> Regime | None:
+    """The regime of --regime; None where it was not given."""
+    from pgtable.params import Regime
+
+    return Regime(name) if name else None
+
+
+def word(text: str, what: str) -> int:
+    """A 64-bit number: 0x..., or 16 bare hex digits as the kernel prints them."""
+    try:
+        value = int(text, 16) if _BARE.fullmatch(text) else int(text, 0)
+    except ValueError:
+        raise CommandError(f"{what} {text}: must be 0x... or 16 hex digits") from None
+    if not 0 <= value < 1 << 64:
+        raise CommandError(f"{what} {text}: must be 64 bits")
+    return value
+
+
+def address(text: str, source: Source, what: str = "VA") -> int:
+    """A virtual address: a number as `word` reads it, or SYMBOL[+OFFSET] where the source has symbols."""
+    named = _SYMBOL.fullmatch(text)
+    if named is None or _BARE.fullmatch(text):
+        return word(text, what)
+    base = source.symbols.get(named[1])
+    if base is None:
+        none = "" if source.symbols else f", and {source.word} has no symbols"
+        raise CommandError(f"{what} {text}: neither a number nor a symbol{none}")
+    return base + (word(named[2], f"offset of {what}") if named[2] else 0)
+
+
+def hex64(value: int) -> str:
+    """An address, word or mask as JSON shows it."""
+    return f"{value:#018x}"

@@ -1,0 +1,244 @@
+"""What a tree maps, merged: the one listing that dump, find, diff, audit and map work on.
+
+Rules of this file:
+- A row is a run of leaves of one level that map consecutive VAs to consecutive PAs with the same attributes. What a
+  walk would say is in it: permissions of every level, and the fault of an access that no permission refuses.
+- Runs are found in the words themselves: a leaf's successor has the same bits and an output address one entry further,
+  so the difference of neighbouring words is the entry's size. Only where it is not, fields are looked at.
+- Everything is bounded and nothing raises for what is in the tables: findings say what is not in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pgtable.access import Access, AccessType
+from pgtable.bits import Words
+from pgtable.descriptors import LAST_LEVEL
+from pgtable.leaves import permissions_of
+from pgtable.memory import TableMemory
+from pgtable.params import Regime, WalkParams
+from pgtable.registers import Registers
+from pgtable.tree import CHUNK, NO_TABLES, Finding, Index, Levels, Tables, Tree, all_halves, grow, why_off, words_of
+from pgtable.walk import regime_of, walk
+
+
+class Runs(NamedTuple):
+    """Rows in VA order; every array has shape (n,).
+
+    `va`, `pa`, `size` uint64: addresses, bytes. `word`, `slot` uint64: the first descriptor and its PA. `inherited`
+    uint64: the table attributes above. `level` int8. `leaves` int64: descriptors in the run. `perms` uint16: bits of
+    permissions.py. `fault` uint8: xFSC of an access that no permission refuses (AF = 0, address size ...), else 0.
+    `attributes` uint64: the first descriptor without its address.
+    """
+
+    va: Words
+    size: Words
+    pa: Words
+    level: Levels
+    word: Words
+    slot: Words
+    inherited: Words
+    perms: npt.NDArray[np.uint16]
+    leaves: Index
+    fault: npt.NDArray[np.uint8]
+    attributes: Words
+
+    def pick(self, rows: Any) -> Runs:
+        """The rows that a mask, slice or index array takes."""
+        return Runs(*(column[rows] for column in self))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that a regime's tables map. `trees`: of each half that is on. `findings`: what the rows do not say."""
+
+    regs: Registers
+    regime: Regime
+    runs: Runs
+    trees: list[Tree]
+    findings: list[Finding] = field(default_factory=list)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """All table pages, roots first."""
+        levels = [tables for tree in self.trees for tables in tree.levels]
+        return Tables(*(np.concatenate(column) for column in zip(*levels, strict=True))) if levels else NO_TABLES
+
+    @property
+    def complete(self) -> bool:
+        """Nothing was left out: the rows are all that is mapped."""
+        return all(tree.complete for tree in self.trees)
+
+    def params(self, va: int) -> WalkParams:
+        """The walk parameters of the half that `va` is in."""
+        return WalkParams.of(self.regs, self.regime, va)
+
+    def at(self, va: int) -> int | None:
+        """The row that `va` is in, None if it is in none."""
+        i = int(np.searchsorted(self.runs.va, np.uint64(va), side="right")) - 1
+        return i if i >= 0 and va - int(self.runs.va[i]) < int(self.runs.size[i]) else None
+
+
+_U64 = (1 << 64) - 1
+_NONE = np.zeros(0, np.uint64)
+NO_RUNS = Runs(
+    va=_NONE,
+    size=_NONE,
+    pa=_NONE,
+    level=_NONE.astype(np.int8),
+    word=_NONE,
+    slot=_NONE,
+    inherited=_NONE,
+    perms=_NONE.astype(np.uint16),
+    leaves=_NONE.astype(np.int64),
+    fault=_NONE.astype(np.uint8),
+    attributes=_NONE,
+)
+
+
+def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = None) -> Listing:
+    """Everything that a regime (default: that of EL1) maps, both halves, in VA order."""
+    regime = regime or regime_of(regs, 1)
+    trees, findings, parts = [], [], [NO_RUNS]
+    for p in all_halves(regs, regime):
+        if why_off(p):
+            text = f"{'upper' if p.upper else 'lower'} half: {why_off(p)}"
+            findings.append(Finding("off", p.half_base, 1 << p.ia_bits, -2, 0, text))
+            continue
+        tree = grow(memory, p)
+        trees.append(tree)
+        findings += tree.findings
+        parts.append(_with_faults(memory, p, _concatenated([NO_RUNS, *_half(memory, tree, findings)])))
+    return Listing(regs, regime, joined(_concatenated(parts)), trees, findings)
+
+
+def _concatenated(parts: list[Runs]) -> Runs:
+    """Rows of several lists, in VA order."""
+    columns = Runs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return columns.pick(np.argsort(columns.va, kind="stable"))
+
+
+def joined(runs: Runs) -> Runs:
+    """Rows that go on in the next one made one, as across the border of two tables."""
+    if len(runs.va) < 2:
+        return runs
+    goes_on = (runs.va[1:] == runs.va[:-1] + runs.size[:-1]) & (runs.pa[1:] == runs.pa[:-1] + runs.size[:-1])
+    for column in (runs.level, runs.attributes, runs.inherited, runs.perms, runs.fault):
+        goes_on &= column[1:] == column[:-1]
+    first = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    sums = {"size": np.add.reduceat(runs.size, first), "leaves": np.add.reduceat(runs.leaves, first)}
+    return runs.pick(first)._replace(**sums)
+
+
+def _with_faults(memory: TableMemory, p: WalkParams, runs: Runs) -> Runs:
+    """Rows with what an access meets that no permission refuses; what decides it is the same in a whole row.
+
+    A walk is made for each combination of attributes, level, inherited bits and a PA that is too large.
+    """
+    if not len(runs.va):
+        return runs
+    key = np.stack((runs.attributes, runs.inherited, runs.level.astype(np.uint64), runs.pa & np.uint64(p.over)))
+    _, first, which = np.unique(key, axis=1, return_index=True, return_inverse=True)
+    access = Access(AccessType.AT_ANY, p.regime.el)
+    results = [walk(memory.fetch, p, int(runs.va[i]), access).fault for i in first.tolist()]
+    return runs._replace(fault=np.array([fault.code if fault else 0 for fault in results], np.uint8)[which.ravel()])
+
+
+def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> list[Runs]:
+    """The runs of a half, level by level, not yet joined across tables."""
+    parts = []
+    for tables, (level, _, mask) in zip(tree.levels, tree.params.levels, strict=False):
+        leaf_levels = (*tree.params.fmt.block_levels, LAST_LEVEL)
+        for first in range(0, len(tables.pa), CHUNK):
+            some = tables.pick(slice(first, first + CHUNK))
+            words, there = words_of(memory, tree.params, some.pa, mask + 1)
+            if not there.all():
+                words = np.where(there[:, None], words, np.uint64(0))
+            parts.append(_runs_in(tree.params, level, some, words, level in leaf_levels, findings))
+    return parts
+
+
+def _runs_in(
+    p: WalkParams, level: int, tables: Tables, words: Words, has_leaves: bool, findings: list[Finding]
+) -> Runs:
+    """The runs in some tables of one level, and findings about entries of a reserved kind."""
+    leaf, size, entries = p.fmt.leaf(level), p.fmt.granule.level_size(level), words.shape[1]
+    start = _starts(words, size)
+    word = words.reshape(-1)[start]
+    count = np.diff(np.append(start, words.size))
+    low = leaf.mask("VALID", "TYPE")
+    wanted = low if level == LAST_LEVEL else leaf["VALID"].mask
+    is_leaf = (word & np.uint64(low)) == np.uint64(wanted)
+    reserved = (
+        (word & np.uint64(low)) == np.uint64(leaf["VALID"].mask) if level == LAST_LEVEL or not has_leaves else None
+    )
+    if reserved is not None and reserved.any():
+        is_leaf &= ~reserved
+        findings.extend(_reserved(p, level, tables, start[reserved], count[reserved], entries))
+    return _rows(p, level, tables, words, start[is_leaf], count[is_leaf])
+
+
+def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> Runs:
+    """The runs of `count` leaves that begin at the entries `start` of some tables.
+
+    The output addresses of a run go on without a carry into other bits and without crossing the largest address.
+    """
+    size, entries, run = p.fmt.granule.level_size(level), words.shape[1], p.run_length(level)
+    first, last = words.reshape(-1)[start], words.reshape(-1)[start + count - 1]
+    pa, end = p.output_address(level, first), p.output_address(level, last)
+    over = np.uint64(p.over)
+    odd = (end - pa != (count - 1).astype(np.uint64) * np.uint64(size)) | ((pa & over) != (end & over))
+    row, entry = start // entries, (start % entries).astype(np.uint64)
+    va = tables.va[row] + entry * np.uint64(size)
+    if p.features.contiguous_output and run > 1:  # hardware takes the low bits of a whole run from the VA
+        mask = np.uint64(run * size - 1)
+        contiguous = (first & np.uint64(p.contiguous)) != 0
+        odd |= contiguous & (((pa ^ va) & mask) != 0) & (count > 1)
+        pa = np.where(contiguous, pa & ~mask | va & mask, pa)
+    if (odd & (count > 1)).any():
+        single = odd & (count > 1)
+        each = np.concatenate([np.arange(s, s + n) for s, n in zip(start[single], count[single], strict=True)])
+        start = np.concatenate((start[~single], each))
+        count = np.concatenate((count[~single], np.ones(len(each), np.int64)))
+        return _rows(p, level, tables, words, start, count)
+    inherited = tables.inherited[row]
+    return Runs(
+        va=va,
+        size=count.astype(np.uint64) * np.uint64(size),
+        pa=pa,
+        level=np.full(len(row), level, np.int8),
+        word=first,
+        slot=tables.pa[row] + entry * np.uint64(8),
+        inherited=inherited,
+        perms=permissions_of(p, first, inherited),
+        leaves=count,
+        fault=np.zeros(len(row), np.uint8),
+        attributes=first & np.uint64(_U64 ^ p.fmt.leaf(level)["OA"].mask),
+    )
+
+
+def _starts(words: Words, size: int) -> Index:
+    """Where in a block of tables, read as one array, a run begins: at each table, and where the words do not go on."""
+    flat = words.reshape(-1)
+    breaks = np.empty(len(flat), bool)
+    np.not_equal(flat[1:] - flat[:-1], np.uint64(size), out=breaks[1:])
+    breaks[:: words.shape[1]] = True
+    return np.flatnonzero(breaks)
+
+
+def _reserved(p: WalkParams, level: int, tables: Tables, start: Index, count: Index, entries: int) -> list[Finding]:
+    """Entries that are valid and neither a leaf nor a table: bits [1:0] = 0b01 where there are no blocks."""
+    size = p.fmt.granule.level_size(level)
+    found = []
+    for at, n in zip(start.tolist(), count.tolist(), strict=True):
+        va = int(tables.va[at // entries]) + at % entries * size
+        slot = int(tables.pa[at // entries]) + at % entries * 8
+        text = f"{n} level {level} descriptor{'s' * (n > 1)} with bits [1:0] = 0b01, reserved here: a translation fault"
+        found.append(Finding("reserved", va, n * size, level, slot, text))
+    return found
