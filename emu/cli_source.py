@@ -101,3 +101,21 @@ def address(text: str, source: Source, what: str = "VA") -> int:
 def hex64(value: int) -> str:
     """An address, word or mask as JSON shows it."""
     return f"{value:#018x}"
+
+
+def span(text: str, what: str) -> tuple[int, int]:
+    """The first and the last address of FROM-TO (TO is behind the last) or FROM+SIZE."""
+    from pgtable.where import number
+
+    low, plus, size = text.partition("+")
+    low, minus, high = (low, "", "") if plus else text.partition("-")
+    if not plus and not minus:
+        raise CommandError(f"{what} {text}: must be FROM-TO or FROM+SIZE")
+    first = word(low.strip(), what)
+    try:
+        end = first + number(size.strip(), what) if plus else word(high.strip(), what) or 1 << 64
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if not first < end <= 1 << 64:
+        raise CommandError(f"{what} {text}: must have a first address below its end")
+    return first, end - 1

@@ -25,7 +25,7 @@ from pgtable.memory import TableMemory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.tree import CHUNK, NO_TABLES, Finding, Index, Levels, Tables, Tree, all_halves, grow, why_off, words_of
-from pgtable.walk import regime_of, walk
+from pgtable.walk import leaf_memory, regime_of, walk
 
 
 class Runs(NamedTuple):
@@ -34,7 +34,8 @@ class Runs(NamedTuple):
     `va`, `pa`, `size` uint64: addresses, bytes. `word`, `slot` uint64: the first descriptor and its PA. `inherited`
     uint64: the table attributes above. `level` int8. `leaves` int64: descriptors in the run. `perms` uint16: bits of
     permissions.py. `fault` uint8: xFSC of an access that no permission refuses (AF = 0, address size ...), else 0.
-    `attributes` uint64: the first descriptor without its address.
+    `attributes` uint64: the first descriptor without its address. `attr`, `sh` uint8: memory attributes of data
+    accesses as a MAIR byte, shareability.
     """
 
     va: Words
@@ -48,6 +49,8 @@ class Runs(NamedTuple):
     leaves: Index
     fault: npt.NDArray[np.uint8]
     attributes: Words
+    attr: npt.NDArray[np.uint8]
+    sh: npt.NDArray[np.uint8]
 
     def pick(self, rows: Any) -> Runs:
         """The rows that a mask, slice or index array takes."""
@@ -99,6 +102,8 @@ NO_RUNS = Runs(
     leaves=_NONE.astype(np.int64),
     fault=_NONE.astype(np.uint8),
     attributes=_NONE,
+    attr=_NONE.astype(np.uint8),
+    sh=_NONE.astype(np.uint8),
 )
 
 
@@ -114,7 +119,7 @@ def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = Non
         tree = grow(memory, p)
         trees.append(tree)
         findings += tree.findings
-        parts.append(_with_faults(memory, p, _concatenated([NO_RUNS, *_half(memory, tree, findings)])))
+        parts.append(_decided(memory, p, _concatenated([NO_RUNS, *_half(memory, tree, findings)])))
     return Listing(regs, regime, joined(_concatenated(parts)), trees, findings)
 
 
@@ -136,8 +141,9 @@ def joined(runs: Runs) -> Runs:
     return runs.pick(first)._replace(**sums)
 
 
-def _with_faults(memory: TableMemory, p: WalkParams, runs: Runs) -> Runs:
-    """Rows with what an access meets that no permission refuses; what decides it is the same in a whole row.
+def _decided(memory: TableMemory, p: WalkParams, runs: Runs) -> Runs:
+    """Rows with their memory attributes, and what an access meets that no permission refuses: both are the same in a
+    whole row.
 
     A walk is made for each combination of attributes, level, inherited bits and a PA that is too large.
     """
@@ -146,8 +152,13 @@ def _with_faults(memory: TableMemory, p: WalkParams, runs: Runs) -> Runs:
     key = np.stack((runs.attributes, runs.inherited, runs.level.astype(np.uint64), runs.pa & np.uint64(p.over)))
     _, first, which = np.unique(key, axis=1, return_index=True, return_inverse=True)
     access = Access(AccessType.AT_ANY, p.regime.el)
-    results = [walk(memory.fetch, p, int(runs.va[i]), access).fault for i in first.tolist()]
-    return runs._replace(fault=np.array([fault.code if fault else 0 for fault in results], np.uint8)[which.ravel()])
+    rows = []
+    for i in first.tolist():
+        fault = walk(memory.fetch, p, int(runs.va[i]), access).fault
+        rows.append((fault.code if fault else 0, *leaf_memory(p, int(runs.level[i]), int(runs.word[i]))))
+    fault_codes, attr, sh = np.array(rows, np.uint8).T
+    which = which.ravel()
+    return runs._replace(fault=fault_codes[which], attr=attr[which], sh=sh[which])
 
 
 def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> list[Runs]:
@@ -220,6 +231,8 @@ def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index,
         leaves=count,
         fault=np.zeros(len(row), np.uint8),
         attributes=first & np.uint64(_U64 ^ p.fmt.leaf(level)["OA"].mask),
+        attr=np.zeros(len(row), np.uint8),
+        sh=np.zeros(len(row), np.uint8),
     )
 
 

@@ -135,7 +135,7 @@ class Walk:
         )
 
     def __str__(self) -> str:
-        from pgtable.explain import walk_text
+        from pgtable.why import walk_text
 
         return walk_text(self)
 
@@ -416,6 +416,12 @@ def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: A
         ns=not p.secure or bool(word & p.ns),
         run=run,
     )
+
+
+def leaf_memory(p: WalkParams, level: int, word: int) -> tuple[int, int]:
+    """The memory attributes (a MAIR byte) and the shareability that a leaf gives to data accesses, fault or not."""
+    found = _leaf_output(p, level, word, 0, _READ, p.mair[_attr_index(p, word)], 0)
+    return found.attr, found.sh
 
 
 def _effective_attr(p: WalkParams, access: Access, attr: int) -> int:

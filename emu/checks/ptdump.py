@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from emu import coldboot
 from emu.checks.ptdump_trees import Case, directed_cases, random_case
 from emu.image import KernelImage
+from emu.linux_dump import marker_table
 from kernel_model import ptdump
 from kernel_model.compare import RUNAWAY
 from kernel_model.levels import U64, Fold, Levels
@@ -289,12 +290,6 @@ class Bench:
         if returns and result.value & 1 != int(not any(counts)):
             return f"verdict {result.value & 1} for counts {counts}"
         return ""
-
-
-def marker_table(image: KernelImage) -> int | None:
-    """The VA of the kernel's own address_markers[]; None where it has no such symbol."""
-    found = [s for s in image.symbols if s == "address_markers" or s.startswith("address_markers.")]
-    return image.symbols[found[0]] if found else None
 
 
 def blocks_of(kernel: Kernel, notes: Sequence[Line | AddrMarker]) -> int:

@@ -18,18 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emu.checks.ptdump import MESSAGES, TIMEOUT, Dump, blocks_of, compare, marker_table, stopped
+from emu.checks.ptdump import MESSAGES, TIMEOUT, Dump, blocks_of, compare, stopped
+from emu.linux_dump import LinuxTables, marker_table
 from emu.machine import CallResult
 from emu.snapshot import Snapshot
 from emu.symbols import Symbols
 from emu.warm import WarmMachine
 from kernel_model import ptdump
 from kernel_model.compare import RUNAWAY
-from kernel_model.levels import U64, Levels
-from kernel_model.mm import Kernel, Runaway
-from kernel_model.names import Bits
+from kernel_model.levels import U64
+from kernel_model.mm import Runaway
 from kernel_model.ptdump import Insecure, WxCount
-from kernel_model.ptdump_text import AddrMarker, address_markers, fixaddr_top, text
+from kernel_model.ptdump_text import AddrMarker, text
 from kernel_model.variants import detect
 from pgtable import PhysicalMemory, WalkParams, translate
 from pgtable.bits import Layout, Words
@@ -75,64 +75,30 @@ class BootedReport:
     differences: list[str] = field(default_factory=list)
 
 
-class Ours:
+class Ours(LinuxTables):
     """The model over the RAM of a snapshot's file."""
 
+    memory: PhysicalMemory
+
     def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot, self.memory = snapshot, snapshot.fresh_memory()
-        image, layout = snapshot.image, snapshot.image.layout
-        self.params = _upper(snapshot)
-        self.levels = Levels(layout.page_shift, layout.levels, layout.va_bits, 64 - self.params.txsz)
-        ng = bool(_word(self.memory, snapshot, "arm64_use_ng_mappings") & 1)
-        self.bits = Bits.of(self.params.fmt, detect(image.symbols, image.btf.has), ng_mappings=ng)
-        self.own_markers = tuple(_own_markers(self.memory, snapshot))
-        fixmap = fixaddr_top(self.levels, self.bits.variant) - 4 * MIB
-        fixmap = next((m.start_address for m in self.own_markers if m.name == "Fixmap start"), fixmap)
-        self.markers = address_markers(self.levels, self.bits.variant, fixmap)
+        image = snapshot.image
+        super().__init__(snapshot.fresh_memory(), snapshot.registers, image, detect(image.symbols, image.btf.has))
 
     def dump(self) -> tuple[Dump, int | None]:
         """The text and the W^X check of the tables as they are in `memory`.
 
         Where the kernel's dump has no end (`RUNAWAY`): the text until there, and more basic blocks than it takes.
         """
-        kernel = self._kernel()
+        kernel = self.kernel()
         state = ptdump.ptdump_state(kernel, self.markers, base=self.params.half_base)
         wx, stop = None, ""
         try:
             ptdump.ptdump_walk_pgd(state, self.params.half_base, state.end_address)
-            wx = ptdump.check_wx(self._kernel())
+            wx = ptdump.check_wx(self.kernel())
         except Runaway:
             stop = RUNAWAY
         made = Dump(text(state.notes, self.bits, self.levels), wx, b"", stop)
         return made, blocks_of(kernel, state.notes) if stop else None
-
-    def _kernel(self) -> Kernel:
-        return Kernel(self.memory, self.params.base, self.levels, self.bits)
-
-
-def _word(memory: PhysicalMemory, snapshot: Snapshot, symbol: str | int) -> int:
-    """Eight bytes at a symbol or address; 0 where the kernel has no such symbol."""
-    va = snapshot.image.symbols.get(symbol, 0) if isinstance(symbol, str) else symbol
-    return memory.fetch(translate(memory, snapshot.registers, va & -8).pa) >> va % 8 * 8 if va else 0
-
-
-def _own_markers(memory: PhysicalMemory, snapshot: Snapshot) -> Iterator[AddrMarker]:
-    """The kernel's own address_markers[], as it is in RAM; nothing where the kernel has no such symbol."""
-    at, btf = marker_table(snapshot.image), snapshot.image.btf
-    while at:
-        name, start = (
-            _word(memory, snapshot, at + btf.offset("addr_marker", member)) for member in ("name", "start_address")
-        )
-        yield AddrMarker(start, _string(memory, snapshot, name) if name else "")
-        at = 0 if start == U64 else at + btf.size("addr_marker")
-
-
-def _string(memory: PhysicalMemory, snapshot: Snapshot, va: int) -> str:
-    data = b""
-    while b"\0" not in data:
-        pa = translate(memory, snapshot.registers, va + len(data)).pa
-        data += memory.read(pa, 8 - pa % 8)
-    return data.split(b"\0")[0].decode("latin-1")
 
 
 class Theirs:
@@ -237,7 +203,7 @@ def _upper(snapshot: Snapshot) -> WalkParams:
 
 def flips(rng: Random, ours: Ours, count: int) -> Iterator[Flip]:
     """`count` times one bit of one leaf of the upper half: any but those of the address."""
-    found = leaves(ours.memory, ours.snapshot.registers)
+    found = leaves(ours.memory, ours.regs)
     upper = np.flatnonzero(found.va >= np.uint64(ours.params.half_base))
     for _ in range(count):
         i = int(rng.choice(upper))

@@ -23,8 +23,7 @@ from emu.check import ALLOCATORS
 from emu.checks.world import World
 from emu.coldboot import STRUCT_PAGE
 from emu.machine import Machine
-from kernel_model.mm import READER_BIAS, Called, Kernel, Mm, Rwsem, Vma
-from pgtable import PhysicalMemory
+from kernel_model.mm import READER_BIAS, Called, Kernel, Mm, Rwsem, Vma, WordMemory
 
 VM_PFNMAP, VM_HUGETLB = 0x400, 0x400000  # include/linux/mm.h
 LOCK_SEQUENCE = 6  # mm_lock_seq, and vm_lock_seq of a vma that is locked for writing
@@ -243,7 +242,7 @@ class Objects:
 
         return split
 
-    def _store(self, memory: PhysicalMemory, count: int, entry: int) -> None:
+    def _store(self, memory: WordMemory, count: int, entry: int) -> None:
         """What call number `count` of a split does to the entry."""
         word = self.space.splits[count] if count < len(self.space.splits) else 0
         arena, size = self.world.arena

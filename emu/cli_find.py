@@ -1,0 +1,138 @@
+"""`pgtable find`: reverse, from a PA, a table or a word to the VAs that lead there."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from emu.cli import CommandError
+from emu.cli_source import hex64, opened, regime_of, registers_of, source_options, span
+from emu.cli_source import word as number_of
+
+if TYPE_CHECKING:
+    from pgtable.find import Alias, Entry
+    from pgtable.listing import Listing
+
+EXAMPLE = """\b
+Examples:
+  pgtable find k73.snap --pa 0x42dbc000
+  pgtable find k73.snap --pa 0x42dbc000+64K
+  pgtable find k73.snap --table 0x42ab3000
+  pgtable find k73.snap --word 0x0040000000000001/0x0040000000000003
+"""
+
+MOST = 1000  # entries that --word prints
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("source_word", metavar="SOURCE")
+@click.option("--pa", metavar="PA", help="All VAs that reach PA, or a range FROM-TO, FROM+SIZE.")
+@click.option("--table", metavar="PA", help="The descriptors that refer to the table page at PA.")
+@click.option("--word", metavar="WORD[/MASK]", help="The descriptors that are WORD in the bits of MASK [all].")
+@source_options
+def find(
+    source_word: str,
+    pa: str | None,
+    table: str | None,
+    word: str | None,
+    regs: str | None,
+    reg: tuple[str, ...],
+    regime: str | None,
+    as_json: bool,
+) -> None:
+    """Find what leads to a PA, to a table, or to a word, in the tables of SOURCE.
+
+    For --pa, VAs whose memory attributes are not those of the first are marked: such aliases are a mistake on most
+    hardware (Arm ARM, "Mismatched memory attributes"). Exit code 0 also where nothing is found.
+    """
+    if sum(x is not None for x in (pa, table, word)) != 1:
+        raise CommandError("find: give one of --pa, --table and --word")
+    around = _range(pa) if pa is not None else (0, 0)
+    at = number_of(table, "--table") if table is not None else 0
+    bits = _masked(word) if word is not None else (0, 0)
+    with opened(source_word, regs, reg) as source:
+        from pgtable.find import aliases, entries, references
+        from pgtable.listing import listing
+
+        memory, found = source.memory, listing(source.memory, registers_of(source), regime=regime_of(regime))
+        if pa is not None:
+            rows = [(alias_json(found, row), alias_text(found, row)) for row in aliases(found, *around)]
+        else:
+            some = references(memory, found, at) if table is not None else entries(memory, found, *bits)
+            rows = [(entry_json(row), entry_text(row)) for row in some]
+    if not found.complete:
+        click.echo("not all of the tree was visited: it refers to itself", err=True)
+    if as_json:
+        answer = {"schema": "pgtable.find/1", "source": source_word, "found": [row for row, _ in rows]}
+        click.echo(json.dumps(answer, indent=1))
+        return
+    for _, text in rows[:MOST]:
+        click.echo(text)
+    if len(rows) > MOST:
+        click.echo(f"{len(rows) - MOST} more (--json has all)", err=True)
+    if not rows:
+        click.echo("no descriptor is so" if word is not None else "nothing leads there", err=True)
+
+
+def _range(text: str) -> tuple[int, int]:
+    """A PA and the bytes from it on."""
+    if "+" in text or "-" in text:
+        low, high = span(text, "--pa")
+        return low, high - low + 1
+    return number_of(text, "--pa"), 1
+
+
+def _masked(text: str) -> tuple[int, int]:
+    word, slash, mask = text.partition("/")
+    return number_of(word, "--word"), number_of(mask, "--word's mask") if slash else (1 << 64) - 1
+
+
+def alias_text(found: Listing, alias: Alias) -> str:
+    """One line: the range, and the row that it is in."""
+    import numpy as np
+
+    from emu.rowtext import RowText
+
+    row = found.runs.pick(slice(alias.row, alias.row + 1))
+    shift = np.uint64(alias.va - int(row.va[0]))
+    part = row._replace(va=row.va + shift, pa=row.pa + shift, size=np.array([alias.size], np.uint64))
+    line = next(RowText(found).lines(part))
+    return line if alias.same else f"{line}  ATTRIBUTES DIFFER"
+
+
+def alias_json(found: Listing, alias: Alias) -> dict[str, Any]:
+    """An alias as `--json` prints it."""
+    from emu.rowtext import SHAREABILITY, memory_text, rights_text
+
+    runs = found.runs
+    return {
+        "va": hex64(alias.va),
+        "pa": hex64(alias.pa),
+        "size": alias.size,
+        "level": int(runs.level[alias.row]),
+        "permissions": rights_text(int(runs.perms[alias.row]), found.regime.has_el0),
+        "memory": memory_text(int(runs.attr[alias.row])),
+        "shareability": SHAREABILITY[int(runs.sh[alias.row])],
+        "same_attributes": alias.same,
+    }
+
+
+def entry_text(entry: Entry) -> str:
+    """One line: where the descriptor is, what it is, what it translates."""
+    if entry.slot is None:
+        return f"TTBR            {entry.word:#018x} root   VA {entry.va:#018x}"
+    where = f"L{entry.level} {entry.slot:#014x}"
+    return f"{where} {entry.word:#018x} {entry.kind.name.lower():7} VA {entry.va:#018x}"
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """A descriptor as `--json` prints it; of a root `pa` is null and `word` the TTBR."""
+    return {
+        "va": hex64(entry.va),
+        "level": entry.level,
+        "pa": None if entry.slot is None else hex64(entry.slot),
+        "word": hex64(entry.word),
+        "kind": "root" if entry.slot is None else entry.kind.name.lower(),
+    }
