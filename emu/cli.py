@@ -14,13 +14,21 @@ import click
 
 # Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
 COMMANDS = {
+    "audit": ("emu.cli_audit:audit", "Judge what a source's tables map: rules, each with the ranges that offend."),
     "call": ("emu.cli_run:call", "Call a function of a cold-booted or booted kernel and show what it did."),
     "callers": ("emu.cli_callers:callers", "Who calls a function of a compiled kernel, and who takes its address."),
+    "census": ("emu.cli_census:census", "Boot a kernel and count who changes permissions of kernel memory."),
     "check": ("emu.cli_check:check", "Run kernel functions and compare them with the model's prediction."),
     "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
+    "explain": ("emu.cli_explain:explain", "What a descriptor or a register value says, bit by bit."),
+    "diff": ("emu.cli_diff:diff", "What two sources map differently: added, removed, changed, by field."),
+    "dump": ("emu.cli_dump:dump", "List what a source's tables map, merged and filtered; or as Linux's ptdump."),
+    "find": ("emu.cli_find:find", "Which VAs reach a PA, where a table is referred to, where a word is."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
     "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),
+    "map": ("emu.cli_map:map_command", "Draw what a source maps: an HTML page to zoom and search in, or an SVG."),
+    "walk": ("emu.cli_walk:walk", "Walk any source's tables for an address: every step, and which bit decided."),
     "snapshot": ("emu.cli_snapshot:snapshot", "Boot a kernel in QEMU and keep it; what a snapshot holds."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,8 +61,8 @@ def find(
         if pa is not None:
             rows = [(alias_json(found, row), alias_text(found, row)) for row in aliases(found, *around)]
         else:
-            some = references(memory, found, at) if table is not None else entries(memory, found, *bits)
-            rows = [(entry_json(row), entry_text(row)) for row in some]
+            some = iter(references(memory, found, at)) if table is not None else entries(memory, found, *bits)
+            rows = [(entry_json(row), entry_text(row)) for row in (some if as_json else islice(some, MOST + 1))]
     if not found.complete:
         click.echo("not all of the tree was visited: it refers to itself", err=True)
     if as_json:
@@ -71,7 +72,7 @@ def find(
     for _, text in rows[:MOST]:
         click.echo(text)
     if len(rows) > MOST:
-        click.echo(f"{len(rows) - MOST} more (--json has all)", err=True)
+        click.echo(f"there are more than these {MOST} (--json has all)", err=True)
     if not rows:
         click.echo("no descriptor is so" if word is not None else "nothing leads there", err=True)
 

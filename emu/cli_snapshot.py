@@ -58,9 +58,9 @@ def boot(output: str, kernel: str, memory: str, cmdline: str, **options: Any) ->
 
     if not Path(output).resolve().parent.is_dir():
         raise CommandError(f"{output}: there is no folder {Path(output).parent}")
-    wanted = Options(kernel, memory=_bytes(memory), command_line=cmdline, **options)
-    with bad_input(), _progress() as progress:
-        _fetched(kernel, progress)
+    wanted = Options(kernel, memory=memory_size(memory), command_line=cmdline, **options)
+    with bad_input(), steps_on_stderr() as progress:
+        fetched(kernel, progress)
         try:
             made = boot_kernel(wanted, output, progress)
         except BootFailed as error:
@@ -114,7 +114,8 @@ def _text(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"{n:13} {facts['system'][n]}" for n in _SHOWN if n in facts["system"])])
 
 
-def _bytes(text: str) -> int:
+def memory_size(text: str) -> int:
+    """The bytes that 256M or 1G says. Raises CommandError."""
     found = re.fullmatch(r"(\d+)([KMG]?)", text, re.I)
     size = int(found[1]) << _UNITS[found[2].upper()] if found else 0
     if size < 64 << 20 or size % (1 << 20):
@@ -122,7 +123,7 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _fetched(kernel: str, progress: Callable[[str], None]) -> None:
+def fetched(kernel: str, progress: Callable[[str], None]) -> None:
     """The kernel is in the cache, with progress if it must be fetched."""
     from emu.kernels import fetch, is_name
 
@@ -131,7 +132,7 @@ def _fetched(kernel: str, progress: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def steps_on_stderr() -> Iterator[Callable[[str], None]]:
     """Messages to stderr: one line that changes on a terminal; elsewhere a line each, without the guest's console."""
     console = Console(stderr=True)
     if console.is_terminal:

@@ -13,6 +13,7 @@ import re
 import select
 import socket
 import time
+from functools import cached_property
 from typing import Any, NamedTuple
 
 CHUNK = 0x800  # bytes of a memory or description request
@@ -63,14 +64,14 @@ class GdbStub:
         """Older QEMUs first tell that the guest has been stopped."""
         answer = self.ask("qSupported:qXfer:features:read+")
         while not answer.startswith("PacketSize"):
-            answer = self._receive(TIMEOUT)
+            answer = self.receive(TIMEOUT)
 
     # packets
 
     def ask(self, text: str) -> str:
         """The answer to one packet. Raises GdbError for an error or none in time."""
         self._send(text)
-        answer = self._receive(TIMEOUT)
+        answer = self.receive(TIMEOUT)
         if re.fullmatch(r"E\w\w", answer):
             raise GdbError(f"the gdb stub answers {answer} to {text[:40]}")
         return answer
@@ -79,7 +80,15 @@ class GdbStub:
         data = text.encode("latin-1")
         self._socket.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
 
-    def _receive(self, timeout: float) -> str:
+    def receive(self, timeout: float) -> str:
+        """The next packet, unasked for or a part of an answer. Raises GdbError if none comes in `timeout` seconds."""
+        packet = self._next(timeout)
+        if packet is None:
+            raise GdbError(f"the gdb stub has not answered for {timeout:g} seconds")
+        return packet
+
+    def _next(self, timeout: float) -> str | None:
+        """The next packet, None if none comes in time."""
         deadline = time.monotonic() + timeout
         while True:
             packet = re.search(rb"\$([^#]*)#..", self._buffer)
@@ -88,7 +97,7 @@ class GdbStub:
                 self._socket.sendall(b"+")
                 return _unescaped(packet[1]).decode("latin-1")
             if not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise GdbError(f"the gdb stub has not answered for {timeout:g} seconds")
+                return None
             more = self._socket.recv(1 << 16)
             if not more:
                 raise GdbError("the gdb stub has closed the connection")
@@ -119,6 +128,26 @@ class GdbStub:
     def read(self, name: str) -> int:
         """A register's value. Raises KeyError for a name that the target has not."""
         return int.from_bytes(bytes.fromhex(self.ask(f"p{self.registers[name].number:x}")), "little")
+
+    def read_general(self) -> dict[str, int]:
+        """The general registers, PC and PSTATE ("cpsr") at once."""
+        data, at, values = bytes.fromhex(self.ask("g")), 0, {}
+        for name, bits in self._in_order:
+            if at + bits // 8 > len(data):
+                break
+            values[name] = int.from_bytes(data[at : at + bits // 8], "little")
+            at += bits // 8
+        return values
+
+    @cached_property
+    def _in_order(self) -> list[tuple[str, int]]:
+        rows = sorted(self.registers.items(), key=lambda item: item[1].number)
+        return [(name, row.bits) for name, row in rows]
+
+    def write(self, name: str, value: int) -> None:
+        """Sets a register of the standing guest. Raises KeyError for a name that the target has not."""
+        number, bits = self.registers[name]
+        self.ask(f"P{number:x}={value.to_bytes(bits // 8, 'little').hex()}")
 
     def memory(self, address: int, n: int, *, physical: bool = False) -> bytes:
         """`n` bytes at a virtual address of the guest, as it is now, or at a physical one."""
@@ -151,18 +180,12 @@ class GdbStub:
 
     def wait(self, timeout: float) -> bool:
         """Whether the running guest has stopped within `timeout` seconds."""
-        try:
-            self._receive(timeout)
-        except GdbError:
-            if select.select([self._socket], [], [], 0)[0]:
-                raise
-            return False
-        return True
+        return self._next(timeout) is not None
 
     def interrupt(self) -> None:
         """Stops the running guest where it is."""
         self._socket.sendall(b"\x03")
-        self._receive(TIMEOUT)
+        self.receive(TIMEOUT)
 
     def __enter__(self) -> GdbStub:
         return self

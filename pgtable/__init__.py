@@ -1,12 +1,13 @@
 """What Arm says: descriptors, registers, the translation table walk, permissions, faults, tables built and listed.
 
 Everything here is numpy and the standard library. `translate` answers for one address, `translate_many` for an
-array; both return faults as values.
+array; both return faults as values. `explain` says what one word means.
 """
 
 from pgtable.access import Access, AccessType
 from pgtable.at import ExternalAbort, at, at_walk
 from pgtable.bulk import Many, at_many, translate_many
+from pgtable.describe import Explanation, explain
 from pgtable.descriptors import Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import CPUS, Features
@@ -19,6 +20,7 @@ __all__ = [
     "CPUS",
     "Access",
     "AccessType",
+    "Explanation",
     "ExternalAbort",
     "Fault",
     "FaultType",
@@ -40,6 +42,7 @@ __all__ = [
     "at",
     "at_many",
     "at_walk",
+    "explain",
     "translate",
     "translate_many",
 ]

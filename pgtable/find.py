@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,12 +42,12 @@ def aliases(listing: Listing, pa: int, size: int = 1) -> list[Alias]:
     runs = listing.runs
     first, last = runs.pa, runs.pa + (runs.size - np.uint64(1))
     rows = np.flatnonzero((first <= np.uint64(pa + size - 1)) & (last >= np.uint64(pa)))
-    found = []
-    for row in rows.tolist():
-        low, high = max(pa, int(first[row])), min(pa + size - 1, int(last[row]))
-        same = runs.attr[row] == runs.attr[rows[0]] and runs.sh[row] == runs.sh[rows[0]]
-        found.append(Alias(int(runs.va[row]) + low - int(first[row]), low, high - low + 1, row, bool(same)))
-    return found
+    low = np.maximum(first[rows], np.uint64(pa))
+    size_of = np.minimum(last[rows], np.uint64(pa + size - 1)) - low + np.uint64(1)
+    va = runs.va[rows] + low - first[rows]
+    same = (runs.attr[rows] == runs.attr[rows[:1]]) & (runs.sh[rows] == runs.sh[rows[:1]])
+    columns = (column.tolist() for column in (va, low, size_of, rows, same))
+    return [Alias(*row) for row in zip(*columns, strict=True)]
 
 
 def references(memory: TableMemory, listing: Listing, table: int) -> list[Entry]:
@@ -71,12 +72,11 @@ def _word(memory: TableMemory, pa: int, big_endian: bool) -> int:
     return int.from_bytes(word.to_bytes(8, "little"), "big") if big_endian else word
 
 
-def entries(memory: TableMemory, listing: Listing, word: int, mask: int) -> list[Entry]:
+def entries(memory: TableMemory, listing: Listing, word: int, mask: int) -> Iterator[Entry]:
     """All descriptors whose bits under `mask` are those of `word`, table by table from the roots down.
 
     An entry that several paths lead to is there once for each.
     """
-    found: list[Entry] = []
     for tree in listing.trees:
         p = tree.params
         for tables, (level, _, index) in zip(tree.levels, p.levels, strict=False):
@@ -89,8 +89,7 @@ def entries(memory: TableMemory, listing: Listing, word: int, mask: int) -> list
                 for row, place in zip(rows.tolist(), places.tolist(), strict=True):
                     value = int(words[row, place])
                     slot, va = int(some.pa[row]) + 8 * place, int(some.va[row]) + place * size
-                    found.append(Entry(level, slot, value, p.fmt.kind(value, level), va))
-    return found
+                    yield Entry(level, slot, value, p.fmt.kind(value, level), va)
 
 
 def table_bytes(listing: Listing) -> int:

@@ -4,7 +4,7 @@ Rules of this file:
 - One array step per level: the tables of a level are read at once, and split into leaves and the next level's tables.
 - A table outside RAM, or with an address that is too large, ends its branch and is a finding.
 - A page that several descriptors refer to is visited once for each: that is what hardware does. A tree that refers to
-  its own tables could be visited for ever; beyond `MAX_REPEATED` bytes of repeated visits of a level the rest is left
+  its own tables could be visited for ever; beyond a number of repeated visits of a level (`_most`) the rest is left
   out, and what is left out is a finding too. Time is bounded by the RAM that tables can be in.
 Sources: Arm ARM D8.2 and D8.3 (translation table lookup), pseudocode S1Walk.
 """
@@ -24,7 +24,7 @@ from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.walk import regime_of
 
-MAX_REPEATED = 4 << 20  # bytes of tables that were visited before, per level
+MAX_REPEATED = 1 << 20  # bytes of tables that were visited before that a level may always have
 CHUNK = 512  # tables that are read at a time
 ROOT = (1 << 64) - 1  # the slot of a root: no descriptor refers to it
 
@@ -122,7 +122,7 @@ def grow(memory: TableMemory, p: WalkParams) -> Tree:
             break
         below, row = _below(memory, p, here, mask + 1, tree.findings)
         parents.append((here.pa, row))
-        keep = _limited(below.pa, MAX_REPEATED // p.fmt.granule.page_size)
+        keep = _limited(below.pa, _most(tree, below))
         _repeated(p, below, parents, tree.findings)
         if len(keep) < len(below.pa):
             tree.findings.extend(_left_out(p, below, keep))
@@ -181,6 +181,12 @@ def _absent(p: WalkParams, found: Tables) -> Iterator[Finding]:
 def _span(p: WalkParams, level: int) -> int:
     """Bytes of VA that a table of `level` entries translates."""
     return 1 << p.ia_bits if level == p.start_level else p.fmt.granule.level_size(level - 1)
+
+
+def _most(tree: Tree, below: Tables) -> int:
+    """Repeated visits that a level may have: a tree with one entry for itself has as many as it has tables."""
+    pages = np.unique(np.concatenate([below.pa, *(level.pa for level in tree.levels)]))
+    return max(MAX_REPEATED // tree.params.fmt.granule.page_size, 2 * len(pages) if MAX_REPEATED else 0)
 
 
 def _limited(pa: Words, most: int) -> Index:

@@ -13,7 +13,7 @@ from typing import Any
 
 from platformdirs import user_cache_dir
 
-from emu import boot, initramfs, snapshot
+from emu import boot, guest, initramfs, snapshot
 from emu.boot import BootFailed, Options
 from emu.snapshot import Snapshot, SnapshotError
 from tests.kernels import kernel_image, lack
@@ -24,7 +24,7 @@ WARM = ("debian:6.1", "debian:6.12", "debian:7.3", "debian:7.2-16k")
 
 def _place(options: Options, content: str) -> Path:
     """Where the snapshot is kept: another kernel, other options or other code to boot it make another one."""
-    code = "".join(inspect.getsource(module) for module in (boot, initramfs, snapshot))
+    code = "".join(inspect.getsource(module) for module in (boot, guest, initramfs, snapshot))
     key = hashlib.sha256(repr((astuple(options), content, code)).encode()).hexdigest()[:16]
     root = os.environ.get("PGTABLE_CACHE") or user_cache_dir("pgtable")
     return Path(root) / "tests" / f"{options.kernel.replace(':', '-')}-{key}.snap"

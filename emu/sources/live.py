@@ -243,7 +243,7 @@ class GdbVm:
         text, answer = "", self.stub.ask(f"qRcmd,{line.encode().hex()}")
         while answer.startswith("O") and answer != "OK":
             text += bytes.fromhex(answer[1:]).decode("latin-1")
-            answer = self.stub._receive(20.0)
+            answer = self.stub.receive(20.0)
         return text.replace("\r", "")
 
     def close(self) -> None:

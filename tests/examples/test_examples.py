@@ -31,12 +31,25 @@ def kernels_of(script: Path) -> list[str]:
     return re.findall(r"debian:[\w.-]+", script.read_text())
 
 
+def need_qemu() -> None:
+    """Skips, or fails where QEMU is required."""
+    from emu.judge.guest import OracleError, find_qemu
+    from tests.kernels import lack
+
+    try:
+        find_qemu(None)
+    except OracleError as error:
+        lack("qemu", str(error))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_example_prints_what_is_recorded(script: Path) -> None:
     for name in kernels_of(script):
         from tests.kernels import kernel_path
 
         kernel_path(name)  # skips, or fails where kernels are required
+    if "emu.boot" in script.read_text():
+        need_qemu()
     assert printed(script) == script.with_suffix(".out").read_text()
 
 

@@ -1,7 +1,7 @@
 """Which test holds which known trap and which golden vector: tables only, checked by test_traps.py.
 
 A row is a name, a colon and for a trap one sentence; its tests follow, as file::test below tests/. Rows of a
-parametrized test are in brackets, with " / " between them. What only a booted machine shows is in LATER.
+parametrized test are in brackets, with " / " between them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ SPLIT = "kernel_model/test_split.py::test"
 DUMP = "kernel_model/test_ptdump.py::test"
 KFENCE = "kernel_model/test_kfence.py::test"
 MACHINE = "emu/test_machine.py::test"
+SCENARIO = "emu/test_scenarios_vmalloc.py::test"
+POOL = "emu/test_scenarios_kfence.py::test"
 REAL_LOCKS = "emu/test_locks_real.py::test"
 HERE = "kernel_model/test_traps.py::test"
 VALID = "kernel_model/test_goldens.py::test_the_model_does_what_was_measured"
@@ -154,6 +156,7 @@ TRAPS = f"""
     {KFENCE}_nobody_hears_that_a_page_could_not_be_protected
     {KFENCE}_after_a_report_the_page_is_accessible
     {KFENCE}_a_guard_that_was_opened_is_emptied_and_closed_when_the_object_is_freed
+    {POOL}_only_the_last_of_two_opened_guards_is_closed_when_the_object_is_freed
 44: KFENCE is asked about translation faults only; the first pages of its pool have no object.
     {HERE}_kfence_is_asked_about_translation_faults_only
     {KFENCE}_the_first_page_has_no_metadata
@@ -171,12 +174,14 @@ TRAPS = f"""
 48: The guard page's PTE gets the read-only bit, of which freeing warns.
     {AREA}[ro with the guard]
     {HERE}_unmapping_warns_of_what_was_left_in_a_guard_page
+    {SCENARIO}_the_guard_page_can_be_asked_for_and_vfree_warns_of_what_that_left
 49: Zeros are enough of a task.
     {MACHINE}_every_kernel_boots_cold_and_runs_its_own_functions
     emu/test_ptdump_real.py::test_the_measured_table_gives_the_measured_text_for_real
 50: Before ptdump_init() all entries print as holes.
     {HERE}_without_ptdump_init_every_entry_prints_like_a_hole
-51: 6.1 leaves the start of its text unmapped when it boots, 6.12 maps it without execution.
+51: 6.1 leaves the start of its text unmapped when it boots, 6.12 maps it read-only and without execution.
+    {SCENARIO}_the_head_of_the_image_is_unmapped_in_6_1_and_read_only_later
 52: What is bad in a PMD is replaced by 6.x with a WARN and passed over by 7.x.
     {ATTR}_what_is_bad_at_the_pmd_level_is_replaced_by_6_x_and_skipped_by_7_x
     {ATTR}_a_block_marked_present_invalid_is_bad_to_6_1_and_a_leaf_later
@@ -185,28 +190,24 @@ TRAPS = f"""
 54: RELR or RELA goes by the toolchain.
     {HERE}_relocations_are_of_the_form_that_the_toolchain_chose
 55: A machine that has panicked prints no more.
+    {SCENARIO}_after_a_panic_the_kernel_prints_no_more_and_the_machine_still_does
 56: KFENCE takes every fault in its pool; what it thought of it is in the report.
     emu/test_checks_kfence.py::test_real_kfence_does_what_the_model_predicted
+    {POOL}_many_faults_in_a_used_pool_are_judged_as_the_model_predicted
 57: An area freed while read-only leaves read-only pages for the next one.
+    {SCENARIO}_pages_freed_read_only_come_back_with_a_read_only_alias_and_the_next_vzalloc_dies
 58: Two pages made read-only are six aliases in 6.x.
     {AREA}[ro]
+    {SCENARIO}_ro_and_rw_of_two_pages_change_six_aliases_in_6_x_and_two_in_7_x_and_nothing_else
 59: walk_page_range_novma of 6.12.95 wants init_mm held somehow, another mm for writing.
     {REAL_LOCKS}_mail_base_is_what_debian_6_12_95_has
 60: Nearly all that is made invalid is in the linear map.
     emu/test_callers.py::test_who_calls_set_memory_valid
+    emu/test_census.py::test_nearly_all_calls_of_set_memory_valid_are_for_kfence
     {LOCKS}_the_range_condition_refuses_the_linear_map
 61: No read lock keeps kernel tables from being freed.
     {HERE}_no_read_lock_keeps_tables_from_being_freed
 """
-
-# The part of these that a booted machine must show, and what it is.
-LATER = {
-    51: "what a boot maps",
-    55: "a panic, and a console",
-    56: "an allocation that KFENCE makes when the kernel runs",
-    57: "vfree() and the next vzalloc()",
-    60: "how many calls a boot makes",
-}
 
 # What was measured once on real kernels: walks by letter, then pageattr.c by case.
 GOLDENS = f"""

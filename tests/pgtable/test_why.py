@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pgtable import Access, AccessType, Format, Granule, translate
-from pgtable.explain import attributes_text, deciders, rights
+from pgtable.why import attributes_text, deciders, rights
 from pgtable.features import CPUS
 from pgtable.params import Regime, WalkParams
 from pgtable.permissions import PR, PW, PX, UR, UX
