@@ -197,16 +197,16 @@ def kernel_of(levels: Levels, made: coldboot.SetUp, variant: Variant, *, ng: boo
 
 
 def predict(kernel: Kernel, made: coldboot.SetUp, call: Call) -> Outcome:
-    """What the model says the call does; `kernel.memory` is left as the model leaves it."""
+    """What the model says the call does; `made.memory`, which is the kernel's, is left as the model leaves it."""
     ranges = [made.tables.used, made.plan.pages]
-    mark = kernel.memory.mark(ranges)
-    stop, value = "", 0
+    mark = made.memory.mark(ranges)
+    stop, value, cut = "", 0, False
     try:
         value = pageattr.set_memory_valid(kernel, call.addr, call.numpages, call.enable)
-    except (mm.Runaway, LookupError):
-        stop = RUNAWAY
-    words = _words(mark, kernel.memory.mark(ranges), made)
-    return Outcome(value, words, tuple(kernel.events), stop)
+    except (mm.Runaway, LookupError) as error:
+        stop, cut = RUNAWAY, isinstance(error, mm.Runaway)
+    words = _words(mark, made.memory.mark(ranges), made)
+    return Outcome(value, words, tuple(kernel.events), stop, cut)
 
 
 def _words(before: Mark, after: Mark, made: coldboot.SetUp) -> dict[int, Word]:
@@ -224,8 +224,9 @@ def observed(result: CallResult) -> Outcome:
     words = {c.pa: Word(c.va, c.level, c.pa, c.old, c.new) for c in result.changes}
     events: list[Event] = [e for e in (_event(e) for e in result.events or ()) if e is not None]
     events += [observed_warning(w) for w in result.warnings]
-    stop = "" if result.stop is None else RUNAWAY if result.stop.kind in ("budget", "timeout", "fault") else "stopped"
-    return Outcome(result.signed, words, tuple(events), stop)
+    kind = result.stop.kind if result.stop else ""
+    stop = RUNAWAY if kind in ("budget", "timeout", "fault") else kind and "stopped"
+    return Outcome(result.signed, words, tuple(events), stop, cut=kind in ("budget", "timeout"))
 
 
 def observed_warning(warn: RealWarn) -> Warn:

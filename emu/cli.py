@@ -24,6 +24,7 @@ COMMANDS = {
     "diff": ("emu.cli_diff:diff", "What two sources map differently: added, removed, changed, by field."),
     "dump": ("emu.cli_dump:dump", "List what a source's tables map, merged and filtered; or as Linux's ptdump."),
     "find": ("emu.cli_find:find", "Which VAs reach a PA, where a table is referred to, where a word is."),
+    "gdb-script": ("emu.cli_gdb:gdb_script", "Print a script that gives gdb these commands on the guest it holds."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
     "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),

@@ -84,7 +84,7 @@ def check(
             campaign = _campaign(image, function, 200 if cases is None else cases, seed, variant, jobs)
     click.echo(json.dumps(campaign_json(campaign, function), indent=1) if as_json else campaign_text(campaign))
     if not stored:
-        _save(campaign, Path(save or "pgtable-failures"))
+        _save(campaign, image.layout.page_size, Path(save or "pgtable-failures"))
     ctx.exit(0 if campaign.ok else 1)
 
 
@@ -129,11 +129,13 @@ def _one(image: KernelImage, function: str, path: Path, variant: Variant | None)
         raise CommandError(f"case {path}: {image.name} has no {function} that is checked case by case")
     worlds, harness = Worlds(image, variant), registry.harness(function)
     try:
-        flavour, case = load(path.read_text(), function, harness.case)
+        flavour, case = load(path.read_text(), function, image.layout.page_size, harness.case)
     except (OSError, UnicodeDecodeError, StoredError) as error:
         raise CommandError(f"case {path}: {error}") from None
     if flavour not in worlds.flavours(harness):
         raise CommandError(f"case {path}: {image.name} has no world {flavour} for {function}")
+    if not worlds.of(harness, flavour).space.fits(case.tree):
+        raise CommandError(f"case {path}: its tables are not where {image.name} has room for them")
     found = Campaign(image.name, image.release, (variant or worlds[flavour].variant).name, 0)
     found.reports.append(run_stored(worlds, harness, flavour, case))
     return found
@@ -155,7 +157,7 @@ class _Progress:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def _save(campaign: Campaign, folder: Path) -> None:
+def _save(campaign: Campaign, page_size: int, folder: Path) -> None:
     """Writes the failing cases that can be run again, each to a new file, and says where or why not."""
     from emu.checks import registry
     from emu.checks.stored import StoredError, dump
@@ -164,7 +166,7 @@ def _save(campaign: Campaign, folder: Path) -> None:
         for failure in report.failures if report.function in registry.HARNESSES else ():
             name = f"{report.function}-{campaign.release}-{campaign.seed}".replace("/", "_")
             try:
-                path = _write_new(folder, name, dump(report.function, failure.flavour, failure.case))
+                path = _write_new(folder, name, dump(report.function, failure.flavour, page_size, failure.case))
             except (OSError, StoredError) as error:
                 click.echo(f"failing case of {report.function} not saved: {error}", err=True)
             else:

@@ -34,14 +34,20 @@ FINDINGS = 20  # of a kind that are printed
 
 @click.command(epilog=EXAMPLE)
 @click.argument("word", metavar="SOURCE")
-@click.option("--style", type=click.Choice(["ranges", "linux", "leaves"]), default="ranges", show_default=True)
+@click.option(
+    "--style",
+    type=click.Choice(["ranges", "linux", "leaves"]),
+    default="ranges",
+    show_default=True,
+    help="Merged ranges, Linux's own text, or one row a descriptor.",
+)
 @click.option("--where", "condition", metavar="CONDITION", help="Only rows of which this is true.")
 @click.option("--va", "va", metavar="FROM-TO", help="Only this range of VAs (also FROM+SIZE).")
 @click.option("--pa", "pa", metavar="FROM-TO", help="Only what maps these PAs.")
 @click.option("--level", type=click.IntRange(-1, 3), help="Only leaves of this level.")
 @click.option("--size", "least", metavar="SIZE", help="Only ranges of at least SIZE (4K, 2M).")
 @click.option("--half", type=click.Choice(["lower", "upper"]), help="Only this half of the address space.")
-@click.option("--sort", type=click.Choice(SORTS), default="va", show_default=True)
+@click.option("--sort", type=click.Choice(SORTS), default="va", show_default=True, help="Largest size first.")
 @click.option("--totals", is_flag=True, help="Only the totals: by kind and permissions, bytes of tables.")
 @click.option("--variant", metavar="VARIANT", help="For --style linux without a kernel image: 6.1, 6.12, 7.x [7.x].")
 @source_options

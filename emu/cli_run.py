@@ -64,6 +64,7 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
 @_SYMBOLS
 @click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of wall clock.")
+@click.option("--save", metavar="FILE", help="With --snapshot: keep what the calls left as a new snapshot.")
 @_JSON
 @click.pass_context
 def call(
@@ -75,6 +76,7 @@ def call(
     symbols: str | None,
     order: bool,
     timeout: float,
+    save: str | None,
     as_json: bool,
 ) -> None:
     """Call FUNCTION of a kernel, a symbol or an address, with up to eight integer ARGUMENTS: numbers, symbols, or
@@ -92,8 +94,10 @@ def call(
             raise CommandError("call: --symbols goes with --kernel; a snapshot has its kernel's own")
         from emu.cli_snapshot import call_on
 
-        done = call_on(snapshot, (function, *arguments), order=order, timeout=timeout, as_json=as_json)
+        done = call_on(snapshot, (function, *arguments), order=order, timeout=timeout, as_json=as_json, save=save)
         ctx.exit(0 if done else 1)
+    if save is not None:
+        raise CommandError("call: --save goes with --snapshot")
     assert source
     if len(arguments) > 8:
         raise CommandError(f"{len(arguments)} arguments: a call passes at most 8 in registers")

@@ -145,8 +145,11 @@ def steps_on_stderr() -> Iterator[Callable[[str], None]]:
 # call --snapshot
 
 
-def call_on(path: str, words: tuple[str, ...], *, order: bool, timeout: float, as_json: bool) -> bool:
-    """Runs the calls in `words` on a snapshot and prints what each did; True if all returned."""
+def call_on(path: str, words: tuple[str, ...], *, order: bool, timeout: float, as_json: bool, save: str | None) -> bool:
+    """Runs the calls in `words` on a snapshot and prints what each did; True if all returned.
+
+    `save`: the file for a snapshot of what they left; none is written where one did not return.
+    """
     from emu.snapshot import Snapshot
 
     with bad_input():
@@ -163,7 +166,21 @@ def call_on(path: str, words: tuple[str, ...], *, order: bool, timeout: float, a
             if result.stop:
                 break
     _show(done, as_json)
-    return not done[-1][1].stop
+    stopped = done[-1][1].stop
+    if save is not None and stopped:
+        click.echo(f"{save} is not written: {done[-1][0]} did not return", err=True)
+    elif save is not None:
+        _save(machine, save)
+    return not stopped
+
+
+def _save(machine: WarmMachine, path: str) -> None:
+    try:
+        machine.save_to(path)
+    except ValueError as error:
+        raise CommandError(f"--save: {error}") from None
+    except OSError as error:
+        raise CommandError(f"--save {path}: {error.strerror or error}") from None
 
 
 def _calls(words: tuple[str, ...]) -> list[list[str]]:

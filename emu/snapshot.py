@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ import numpy as np
 
 from emu.image import ImageError, KernelImage
 from pgtable import CPUS, PhysicalMemory, Registers
+from pgtable.bits import Words
 from pgtable.memory import PAGE
 from pgtable.registers import NAMES, TCR_EL1
 
@@ -184,13 +185,13 @@ def save(
     origin: Origin,
     general: Mapping[str, int],
     system: Mapping[str, int],
-    ram: list[tuple[int, Path]],
+    ram: Sequence[tuple[int, Path | Words]],
 ) -> Snapshot:
-    """Writes a snapshot; `ram`: the PA of each region, and the file with its content. All of it is there, or nothing.
+    """Writes a snapshot, all of it or nothing; `ram`: the PA of each region, and its content, a file or words.
 
     Raises OSError.
     """
-    sizes = [(base, file.stat().st_size) for base, file in ram]
+    sizes = [(base, part.stat().st_size if isinstance(part, Path) else part.nbytes) for base, part in ram]
     start, parts = ALIGN, []
     for base, size in sizes:
         parts.append(Part(base, size, start))
@@ -224,12 +225,19 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _copy(source: Path, out: IO[bytes], offset: int) -> None:
-    """Copies a file to `offset`; pages of zeros are left out."""
+def _copy(source: Path | Words, out: IO[bytes], offset: int) -> None:
+    """Copies a file, or words, to `offset`; pages of zeros are left out."""
+    if not isinstance(source, Path):
+        _copy_words(source, out, offset)
+        return
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for start in range(0, len(content), _CHUNK):
-            pages = np.frombuffer(content[start : start + _CHUNK], np.uint64).reshape(-1, PAGE // 8)
-            used = np.flatnonzero(pages.any(axis=1))
-            for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1) if len(used) else []:
-                out.seek(offset + start + int(run[0]) * PAGE)
-                out.write(pages[run[0] : run[-1] + 1].tobytes())
+            _copy_words(np.frombuffer(content[start : start + _CHUNK], np.uint64), out, offset + start)
+
+
+def _copy_words(words: Words, out: IO[bytes], offset: int) -> None:
+    pages = words.reshape(-1, PAGE // 8)
+    used = np.flatnonzero(pages.any(axis=1))
+    for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1) if len(used) else []:
+        out.seek(offset + int(run[0]) * PAGE)
+        out.write(pages[run[0] : run[-1] + 1].tobytes())

@@ -15,6 +15,7 @@ bytes, passed by its address).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -290,6 +291,19 @@ class WarmMachine(Machine):
                 self.mmu[name] = value
         self._warned = set(state.warned)
         self._known = None
+
+    def save_to(self, path: str | os.PathLike[str]) -> Snapshot:
+        """A snapshot file of memory as it is now, with the registers of the snapshot that this machine began with.
+
+        Raises OSError, and ValueError for the file that this machine runs on.
+        """
+        from emu.snapshot import save
+
+        if os.path.exists(path) and os.path.samefile(path, self.snapshot.path):
+            raise ValueError(f"{path} is the snapshot that this machine runs on: name another file")
+        ram = [(region.base, region.words) for region in self.memory.regions]
+        old = self.snapshot
+        return save(path, replace(old.origin, at=f"{old.origin.at}, then calls"), old.general, old.system, ram)
 
     def _translated(self, pc: int, size: int) -> bool:
         """Code outside the kernel's text may be gone after a `restore`."""

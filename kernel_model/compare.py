@@ -25,13 +25,14 @@ class Outcome:
     """What a call did, predicted or real.
 
     `value`: what it returned. `words`: changed descriptors by PA. `events`: descriptor writes, TLBI, DSB and ISB in
-    order, and WARNs. `stop`: why it did not return ("" if it did).
+    order, and WARNs. `stop`: why it did not return ("" if it did). `cut`: it was stopped, and would have gone on.
     """
 
     value: int
     words: dict[int, Word]
     events: tuple[Event, ...]
     stop: str = ""
+    cut: bool = False
 
     @property
     def maintenance(self) -> tuple[Tlbi, ...]:
@@ -80,18 +81,27 @@ class Difference(NamedTuple):
 
 RUNAWAY = "runaway"  # `Outcome.stop` of a loop without an end
 
+
+def comparable(one: Outcome, two: Outcome) -> tuple[Outcome, Outcome]:
+    """Two outcomes as far as they can be compared: of calls that never end, what was cut is a beginning of the other.
+
+    The memory of one that was cut is that of some moment.
+    """
+    cut = [len(side.events) for side in (one, two) if side.cut]
+    if not cut or not one.stop == two.stop == RUNAWAY:
+        return one, two
+    n = min(cut)
+    return replace(one, words={}, events=one.events[:n]), replace(two, words={}, events=two.events[:n])
+
+
 LayoutOf = Callable[[int, int], Layout]  # (word, level) -> layout
 
 
 def compare(predicted: Outcome, real: Outcome, layout: LayoutOf) -> list[Difference]:
-    """Every difference between two outcomes of one call; [] when the prediction was right.
-
-    A call that both say runs away has no end to compare: what both have of the order of events is.
-    """
-    if predicted.stop == real.stop == RUNAWAY:
-        n = min(len(predicted.order), len(real.order))
-        cut = (replace(outcome, events=outcome.order[:n]) for outcome in (predicted, real))
-        return list(_order(*cut))
+    """Every difference between two outcomes of one call; [] when the prediction was right."""
+    if predicted.cut or real.cut:  # where its WARNs are among the others is not known
+        predicted, real = (replace(outcome, events=outcome.order) for outcome in (predicted, real))
+    predicted, real = comparable(predicted, real)
     return [*_values(predicted, real), *_words(predicted, real, layout), *_order(predicted, real)]
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kernel_model.levels import U64, Levels
 from kernel_model.locks import Config, Locks
 from kernel_model.names import Bits
 from kernel_model.variants import Variant
 from kernel_model.vmalloc import VmStruct
-from pgtable.memory import PhysicalMemory
 
 EINVAL, ENOMEM, EBUSY = 22, 12, 16
 
@@ -103,14 +102,6 @@ class Context(Enum):
         return self is not Context.TASK
 
 
-class Hotplug(Enum):
-    """What memory hot-plug does to the range that is walked (mm/memory_hotplug.c)."""
-
-    NONE = "none"
-    ONLINE_HELD = "get_online_mems() is held: nothing is removed now"
-    REMOVING = "tables of the range may be freed, under no mmap lock"
-
-
 WRITER_LOCKED, READER_BIAS = 1, 0x100  # kernel/locking/rwsem.c
 
 
@@ -155,10 +146,10 @@ class Vma:
     pgoff: int = 0
     locked: str = ""
 
-    def start_write(self, kernel: Kernel) -> None:
-        """vma_start_write(): asserts the mm's write lock, then takes this one if it is not taken."""
+    def start_write(self, kernel: Kernel, name: str) -> None:
+        """vma_start_write() in the function `name`: asserts the mm's write lock, then takes this one if it is free."""
         if self.mm and not self.mm.mmap_lock.held(True, by_me=kernel.lockdep):
-            kernel.warn("vma_start_write")
+            kernel.warn(name)
         if self.locked != "write":
             kernel.called("__vma_start_write")
             self.locked = "write"
@@ -235,6 +226,18 @@ class Runaway(Exception):  # noqa: N818  what the loop does
     """A loop that the kernel would not have ended; says where."""
 
 
+class WordMemory(Protocol):
+    """Physical memory by 8-byte words; both raise NoMemory."""
+
+    def fetch(self, pa: int) -> int:
+        """The word at `pa`."""
+        ...
+
+    def store(self, pa: int, word: int) -> None:
+        """Writes the word at `pa`."""
+        ...
+
+
 @dataclass
 class Kernel:
     """One kernel at one moment: its variant, levels, bits, memory, `init_mm`'s root, and what it has done.
@@ -244,7 +247,7 @@ class Kernel:
     mode. `rsi(start, end, state, flags)` answers for the monitor of a realm.
     """
 
-    memory: PhysicalMemory
+    memory: WordMemory
     pgd: int  # PA of init_mm.pgd
     levels: Levels
     bits: Bits
@@ -255,7 +258,6 @@ class Kernel:
     step_limit: int = 10_000_000
     settings: Settings = field(default_factory=Settings)
     context: Context = Context.TASK
-    hotplug: Hotplug = Hotplug.NONE
     linear_offset: int = 0
     vm_areas: list[VmStruct] = field(default_factory=list)
     lazy: LazyMmu = field(default_factory=LazyMmu)

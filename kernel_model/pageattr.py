@@ -9,15 +9,16 @@ Sources: that file in Debian 6.1.176, 6.12.107, 7.2.13 and 7.3.4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kernel_model.apply import apply_to_page_range
-from kernel_model.levels import U64
+from kernel_model.levels import U64, Level
 from kernel_model.mm import EINVAL, Kernel
 from kernel_model.names import Bits
 from kernel_model.pagewalk import Action, MmWalk, MmWalkOps, p4d_offset, pmd_offset, pte_offset, pud_offset
 from kernel_model.split import split_kernel_leaf_mapping
-from kernel_model.stores import lazy_mmu_mode_disable, lazy_mmu_mode_enable, set_pmd, set_pte, set_pud
+from kernel_model.stores import lazy_mmu_mode_disable, lazy_mmu_mode_enable, set_pmd, set_pte
 from kernel_model.tlbflush import flush_tlb_kernel_range
 from kernel_model.variants import Variant
 from kernel_model.vmalloc import VmFlags, VmStruct, find_vm_area
@@ -161,28 +162,23 @@ def update_range_prot(kernel: Kernel, start: int, size: int, masks: Masks) -> in
 
 def pageattr_pud_entry(pud: int, addr: int, next: int, walk: MmWalk) -> int:
     """pageattr_pud_entry(): a whole leaf is changed, a part of one is refused. `walk.private`: the masks."""
-    kernel = walk.kernel
-    value = kernel.read(pud)
-    if not kernel.bits.pud_leaf(value):
-        return 0
-    if (next - addr & U64) != kernel.levels.pud.size:
-        kernel.warn("pageattr_pud_entry")
-        return -EINVAL
-    set_pud(kernel, pud, masked(value, walk.private))
-    walk.action = Action.CONTINUE
-    return 0
+    return _change_leaf(walk, pud, next - addr & U64, walk.kernel.levels.pud, walk.kernel.bits.pud_leaf)
 
 
 def pageattr_pmd_entry(pmd: int, addr: int, next: int, walk: MmWalk) -> int:
     """pageattr_pmd_entry(): as pageattr_pud_entry()."""
+    return _change_leaf(walk, pmd, next - addr & U64, walk.kernel.levels.pmd, walk.kernel.bits.pmd_leaf)
+
+
+def _change_leaf(walk: MmWalk, entry: int, size: int, level: Level, is_leaf: Callable[[int], bool]) -> int:
     kernel = walk.kernel
-    value = kernel.read(pmd)
-    if not kernel.bits.pmd_leaf(value):
+    value = kernel.read(entry)
+    if not is_leaf(value):
         return 0
-    if (next - addr & U64) != kernel.levels.pmd.size:
-        kernel.warn("pageattr_pmd_entry")
+    if size != level.size:
+        kernel.warn(f"pageattr_{level.name.lower()}_entry")
         return -EINVAL
-    set_pmd(kernel, pmd, masked(value, walk.private))
+    set_pmd(kernel, entry, masked(value, walk.private))  # set_pud() is the same
     walk.action = Action.CONTINUE
     return 0
 

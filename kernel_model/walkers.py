@@ -21,11 +21,18 @@ class NotInKernel(LookupError):  # noqa: N818  the function is not in the kernel
 
 
 def walk_page_range(
-    kernel: Kernel, mm: Mm | None, start: int, end: int, ops: MmWalkOps, private: Any = None, *, name: str = ""
+    kernel: Kernel,
+    mm: Mm | None,
+    start: int,
+    end: int,
+    ops: MmWalkOps,
+    private: Any = None,
+    *,
+    name: str = "walk_page_range",
 ) -> int:
     """walk_page_range(): the vmas of a range and the gaps between them. Returns 0, -EINVAL or a callback's value."""
     walk = MmWalk(kernel, ops, private=private, mm=mm, no_vma=False)
-    if _refused(name or "walk_page_range", walk, start, end, mm=mm):
+    if _refused(name, walk, start, end, mm=mm):
         return -EINVAL
     assert mm
     vma = mm.find_vma(start)
@@ -37,16 +44,16 @@ def walk_page_range(
             err = ops.pte_hole(start, next, -1, walk) if ops.pte_hole else 0
         else:
             next = min(end, vma.end)
-            err = _walk_vma_of_range(walk, vma, start, next)
+            err = _walk_vma_of_range(walk, name, vma, start, next)
             vma = mm.find_vma(vma.end)
         start = next
     return err
 
 
-def _walk_vma_of_range(walk: MmWalk, vma: Vma, start: int, end: int) -> int:
+def _walk_vma_of_range(walk: MmWalk, name: str, vma: Vma, start: int, end: int) -> int:
     """One vma of walk_page_range(): a positive answer of the test skips it."""
     if walk.kernel.locks.has_walk_lock:
-        process_vma_walk_lock(walk, vma)
+        process_vma_walk_lock(walk, _asserting(walk.kernel, name), vma)
     walk.vma = vma
     err = walk_page_test(start, end, walk)
     if err:
@@ -113,11 +120,18 @@ def _walk_tables(
 
 
 def walk_page_range_vma(
-    kernel: Kernel, vma: Vma, start: int, end: int, ops: MmWalkOps, private: Any = None, *, name: str = ""
+    kernel: Kernel,
+    vma: Vma,
+    start: int,
+    end: int,
+    ops: MmWalkOps,
+    private: Any = None,
+    *,
+    name: str = "walk_page_range_vma",
 ) -> int:
     """walk_page_range_vma(): a part of one vma, without walk_page_test()."""
     walk = MmWalk(kernel, ops, private=private, vma=vma, no_vma=False, mm=vma.mm)
-    if _refused(name or "walk_page_range_vma", walk, start, end, mm=vma.mm, vma=vma):
+    if _refused(name, walk, start, end, mm=vma.mm, vma=vma):
         return -EINVAL
     return __walk_page_range(start, end, walk)
 
@@ -190,7 +204,7 @@ def _check(check: Check, name: str, walk: MmWalk, start: int, end: int, mm: Mm |
     """One check: True refuses; an assertion that fails is an event."""
     kernel, ops = walk.kernel, walk.ops
     nolock = kernel.locks.is_nolock(ops.walk_lock)
-    name = INNER[name] if INNER.get(name) in kernel.locks.entries else name
+    name = _asserting(kernel, name)
     match check:
         case Check.EMPTY:
             return start >= end
@@ -208,7 +222,7 @@ def _check(check: Check, name: str, walk: MmWalk, start: int, end: int, mm: Mm |
             return nolock and not kernel.is_vmalloc_or_module(start)
         case Check.VMA_LOCK:
             assert vma
-            process_vma_walk_lock(walk, vma)
+            process_vma_walk_lock(walk, name, vma)
         case Check.MM_LOCK:
             return process_mm_walk_lock(walk, name, mm)
         case Check.I_MMAP:
@@ -217,6 +231,11 @@ def _check(check: Check, name: str, walk: MmWalk, start: int, end: int, mm: Mm |
             lock, need = _asserted(check, kernel, mm, nolock)
             _assert(kernel, name, lock, need)
     return False
+
+
+def _asserting(kernel: Kernel, name: str) -> str:
+    """The function that asserts for an entry point."""
+    return INNER[name] if INNER.get(name) in kernel.locks.entries else name
 
 
 def _asserted(check: Check, kernel: Kernel, mm: Mm | None, nolock: bool) -> tuple[Rwsem, Need]:
@@ -247,14 +266,14 @@ def process_mm_walk_lock(walk: MmWalk, name: str, mm: Mm | None) -> bool:
     return False
 
 
-def process_vma_walk_lock(walk: MmWalk, vma: Vma) -> None:
-    """process_vma_walk_lock()."""
+def process_vma_walk_lock(walk: MmWalk, name: str, vma: Vma) -> None:
+    """process_vma_walk_lock(), inlined into the function `name`."""
     kernel = walk.kernel
     need = kernel.locks.vma_lock[WalkLock(walk.ops.walk_lock)]
     if need is Need.TAKE:
-        vma.start_write(kernel)
+        vma.start_write(kernel, name)
     elif need is Need.WARN:
-        kernel.warn("process_vma_walk_lock")
+        kernel.warn(name)
     elif kernel.lockdep and need is not Need.NOTHING and vma.locked not in (need.name.lower(), "write"):
         raise Bug("process_vma_walk_lock: the vma is not locked")
 

@@ -185,7 +185,7 @@ def _span(p: WalkParams, level: int) -> int:
 
 def _most(tree: Tree, below: Tables) -> int:
     """Repeated visits that a level may have: a tree with one entry for itself has as many as it has tables."""
-    pages = np.unique(np.concatenate([below.pa, *(level.pa for level in tree.levels)]))
+    pages = np.unique(np.concatenate([each.pa[each.there] for each in (below, *tree.levels)]))
     return max(MAX_REPEATED // tree.params.fmt.granule.page_size, 2 * len(pages) if MAX_REPEATED else 0)
 
 

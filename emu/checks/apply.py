@@ -48,6 +48,7 @@ class ApplyHarness:
     """The harness of one of the two."""
 
     worlds = ("plain", "ng", "wide")
+    case = Case
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -111,9 +112,7 @@ class ApplyHarness:
         """The same without a script, then with parts of the tree gone."""
         if case.script:
             yield replace(case, script={})
-        words = list(case.tree.words)
-        for part in (words[: len(words) // 2], words[len(words) // 2 :], *([pa] for pa in words)):
-            yield replace(case, tree=case.tree.without(part))
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
 
 
 def _user_mm(world: World) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from signal import SIG_IGN, SIGINT, signal
 from typing import Any
 
 from emu.checks.coverage import Coverage, FunctionCoverage, Run
@@ -148,7 +149,7 @@ def _run_world(
         report.cases += 1
         report.events += len(checked.real.events) + len(checked.real.words) + 1
         reached |= checked.rows
-        found = tuple(differences(world, checked))
+        found = tuple(differences(checked))
         if found and stop_at_first:
             report.failed, report.failures = 1, [Failure(flavour, case, found)]
             return
@@ -169,7 +170,7 @@ def _keep(
 
 
 def _of(world: World, harness: Harness, case: Any) -> tuple[Difference, ...]:
-    return tuple(differences(world, harness.run(world, case)))
+    return tuple(differences(harness.run(world, case)))
 
 
 def shrink(world: World, harness: Harness, case: Any) -> Any:
@@ -286,16 +287,22 @@ def _results(work: _Work, names: Sequence[str], jobs: int, progress: Progress) -
     if jobs < 2:
         yield from (work.run(name, progress) for name in names)
         return
-    _work = work
-    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+    _work, others = work, active_children()
+    with ProcessPoolExecutor(jobs, get_context("fork"), _ignore_interrupts) as pool:
         running = [pool.submit(_share, name) for name in names]
         try:
             for done, future in enumerate(as_completed(running)):
                 progress(f"{done} of {len(names)} functions checked")
                 yield future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - set(others):
+                process.terminate()
             raise
+
+
+def _ignore_interrupts() -> None:
+    """A Ctrl-C is also sent to the processes that share the work: the first one ends them, and says so."""
+    signal(SIGINT, SIG_IGN)
 
 
 def run_stored(worlds: Worlds, harness: Harness, flavour: str, case: Any) -> FunctionReport:
@@ -303,7 +310,7 @@ def run_stored(worlds: Worlds, harness: Harness, flavour: str, case: Any) -> Fun
     world = worlds.of(harness, flavour)
     checked = harness.run(world, case)
     report = FunctionReport(harness.function, 1, len(checked.real.events) + len(checked.real.words) + 1)
-    found = tuple(differences(world, checked))
+    found = tuple(differences(checked))
     if found:
         report.failed, report.failures = 1, [Failure(flavour, case, found)]
     return report

@@ -16,7 +16,7 @@ from typing import Any
 from emu.checks.campaign import Worlds, cases_of
 from emu.checks.harness import Harness
 from emu.checks.world import World
-from kernel_model.compare import RUNAWAY, Outcome
+from kernel_model.compare import Outcome, comparable
 from kernel_model.mm import Callback, Event, Warn, Write
 
 SHRINK_TRIES = 60  # for each way in which two kernels differ
@@ -98,16 +98,12 @@ def _shrunk(a: World, b: World, harnesses: tuple[Harness, Harness], case: Any, w
 
 
 def signature(a: World, b: World, one: Outcome, two: Outcome) -> str:
-    """How two outcomes differ, in a line without addresses; "" if they do not.
-
-    A call that neither ends is compared as far as both went.
-    """
-    if one.stop == two.stop == RUNAWAY:
-        return ""
+    """How two outcomes differ, in a line without addresses; "" if they do not."""
+    one, two = comparable(one, two)
     parts = []
     if one.stop != two.stop:
         parts.append(f"{one.stop or 'returns'} -> {two.stop or 'returns'}")
-    elif one.value != two.value:
+    elif not one.stop and one.value != two.value:
         parts.append(f"returns {one.value} -> {two.value}")
     parts += _word_signature(a, one, two)
     at = _first(one, two)

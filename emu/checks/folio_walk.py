@@ -50,6 +50,7 @@ class FolioWalkStart:
     """The harness of folio_walk_start()."""
 
     worlds = ("plain", "wide")
+    case = FolioCase
     stubs = "vmas"
 
     def __init__(self, function: str = "folio_walk_start") -> None:
@@ -188,8 +189,7 @@ class FolioWalkStart:
 
     def smaller(self, case: FolioCase) -> Iterator[FolioCase]:
         """Fewer words."""
-        for pa in case.tree.words:
-            yield replace(case, tree=case.tree.without([pa]))
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
 
 
 def _rows(world: World, outcome: Outcome) -> frozenset[str]:
@@ -305,6 +305,7 @@ class HugePteOffset:
     """The harness of huge_pte_offset()."""
 
     worlds = ("plain", "wide")
+    case = HugeCase
     stubs = "vmas"
 
     def __init__(self, function: str = "huge_pte_offset") -> None:
@@ -349,8 +350,7 @@ class HugePteOffset:
 
     def smaller(self, case: HugeCase) -> Iterator[HugeCase]:
         """Fewer words."""
-        for pa in case.tree.words:
-            yield replace(case, tree=case.tree.without([pa]))
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
 
 
 def _sizes(world: World) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from emu.checks.world import World
-from kernel_model.compare import RUNAWAY, Difference, Outcome
-from kernel_model.mm import Event, Warn
+from kernel_model.compare import Difference, Outcome, comparable
+from kernel_model.mm import Event
 
 
 class Checked(NamedTuple):
@@ -27,6 +27,11 @@ class Harness(Protocol):
     """One function of a kernel image."""
 
     function: str
+
+    @property
+    def case(self) -> type:
+        """The dataclass of its cases."""
+        ...
 
     def prepared(self, world: World) -> Iterator[Any]:
         """Cases that are always run: one for each situation that matters."""
@@ -49,18 +54,13 @@ class Harness(Protocol):
         ...
 
 
-def differences(world: World, checked: Checked) -> list[Difference]:
-    """Every difference of a case; [] when the model was right.
-
-    A call that neither side ends has no end to compare: what both have of the events is.
-    """
-    mine, real = checked.predicted, checked.real
-    endless = mine.stop == real.stop == RUNAWAY
-    found = [] if endless else [*_ends(mine, real), *_words(mine, real)]
-    n = min(len(mine.events), len(real.events)) if endless else max(len(mine.events), len(real.events))
-    for i in range(n):
+def differences(checked: Checked) -> list[Difference]:
+    """Every difference of a case; [] when the model was right."""
+    mine, real = comparable(checked.predicted, checked.real)
+    found = [*_ends(mine, real), *_words(mine, real)]
+    for i in range(max(len(mine.events), len(real.events))):
         a, b = (side.events[i] if i < len(side.events) else None for side in (mine, real))
-        if not _same(world, a, b):
+        if a != b:
             found.append(Difference("events", f"event {i}", _shown(a, mine), _shown(b, real)))
             break
     return found
@@ -73,7 +73,7 @@ def _shown(event: Event | None, side: Outcome) -> str:
 def _ends(mine: Outcome, real: Outcome) -> Iterator[Difference]:
     if mine.stop != real.stop:
         yield Difference("stop", "reason", mine.stop or "returned", real.stop or "returned")
-    elif mine.value != real.value:
+    elif not mine.stop and mine.value != real.value:
         yield Difference("return value", "X0", str(mine.value), str(real.value))
 
 
@@ -83,10 +83,3 @@ def _words(mine: Outcome, real: Outcome) -> Iterator[Difference]:
         a, b = (side.words[pa].new if pa in side.words else known.old for side in (mine, real))
         if a != b:
             yield Difference("descriptor", f"PA {pa:#x}", f"{a:#018x}", f"{b:#018x}")
-
-
-def _same(world: World, mine: Event | None, real: Event | None) -> bool:
-    """Equal events; a WARN of a function that is inlined in this image is wherever that is."""
-    if isinstance(mine, Warn) and isinstance(real, Warn) and mine.function not in world.image.symbols:
-        return True
-    return mine == real

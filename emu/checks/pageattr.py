@@ -81,6 +81,7 @@ class PageattrHarness:
     """The harness of one function."""
 
     worlds = ("plain", "ng", "wide")
+    case = Case
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -159,10 +160,8 @@ class PageattrHarness:
         return rows | {"-EBUSY", "-ENOMEM", "mutex"} if splits else rows
 
     def smaller(self, case: Case) -> Iterator[Case]:
-        """The same with a half, then with one word of the tree gone; then with fewer pages."""
-        words = list(case.tree.words)
-        for part in (words[: len(words) // 2], words[len(words) // 2 :], *([pa] for pa in words)):
-            yield replace(case, tree=case.tree.without(part))
+        """The same with fewer words."""
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
 
 
 ROWS: dict[str, Callable[[Case, Outcome], bool]] = {

@@ -13,7 +13,7 @@ from typing import Any
 from emu.checks.harness import Harness
 from emu.image import KernelImage
 
-# Function: module, class, whether the class takes the function's name.
+# Function: module and class of its harness, which takes the function's name.
 _WALKS = ("emu.checks.walks", "KernelWalk")
 _PAGEATTR = ("emu.checks.pageattr", "PageattrHarness")
 _APPLY = ("emu.checks.apply", "ApplyHarness")

@@ -12,7 +12,7 @@ Rules of this file:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -82,6 +82,15 @@ class Tree:
         gone = set(pas)
         return replace(self, words={pa: word for pa, word in self.words.items() if pa not in gone})
 
+    def smaller(self) -> Iterator[Tree]:
+        """Without half of the words, a quarter, and so on down to one."""
+        words = list(self.words)
+        step = max(1, len(words) // 2)
+        while step:
+            for i in range(0, len(words), step):
+                yield self.without(words[i : i + step])
+            step //= 2
+
     def with_word(self, pa: int, word: int) -> Tree:
         """The same with one word changed."""
         return replace(self, words={**self.words, pa: word})
@@ -103,6 +112,12 @@ class Space:
         return tuple(
             level for level in rows if level.fold is not Fold.COMPILE and not (virtual_top and level.name == "PGD")
         )
+
+    def fits(self, tree: Tree) -> bool:
+        """The tree's words are descriptors in pages of the arena."""
+        (start, size), used = self.arena, tree.pages * self.levels.page_size
+        inside = all(0 <= pa - start < used and not pa & 7 and not word >> 64 for pa, word in tree.words.items())
+        return tree.root == start and used <= size and inside
 
     def hardware_level(self, level: Level) -> int:
         """The Arm ARM's number of a level with tables."""

@@ -32,6 +32,7 @@ class UserWalk:
     """The harness of one of the functions."""
 
     worlds = ("plain", "wide")
+    case = UserCase
     stubs = "vmas"
 
     def __init__(self, function: str) -> None:
@@ -115,12 +116,7 @@ class UserWalk:
             if i != case.vma or self.function not in OF_VMA:
                 areas = case.space.areas[:i] + case.space.areas[i + 1 :]
                 yield replace(case, space=replace(case.space, areas=areas), vma=case.vma - (case.vma > i))
-        words = list(case.tree.words)
-        step = max(1, len(words) // 2)
-        while step:
-            for i in range(0, len(words), step):
-                yield replace(case, tree=case.tree.without(words[i : i + step]))
-            step //= 2
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
         middle = (case.start + case.end) // 2
         yield replace(case, end=middle)
         yield replace(case, start=middle)

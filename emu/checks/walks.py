@@ -53,6 +53,7 @@ class KernelWalk:
     """The harness of one of the functions."""
 
     worlds = ("plain", "wide")
+    case = WalkCase
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -167,12 +168,7 @@ class KernelWalk:
             yield replace(case, callbacks=tuple(n for n in case.callbacks if n != name))
         for at in case.script:
             yield replace(case, script={i: r for i, r in case.script.items() if i != at})
-        words = list(case.tree.words)
-        step = max(1, len(words) // 2)
-        while step:
-            for i in range(0, len(words), step):
-                yield replace(case, tree=case.tree.without(words[i : i + step]))
-            step //= 2
+        yield from (replace(case, tree=tree) for tree in case.tree.smaller())
         middle = (case.start + case.end) // 2
         yield replace(case, end=middle)
         yield replace(case, start=middle)

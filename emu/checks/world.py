@@ -255,6 +255,8 @@ class World:
         function = "walk_page_range_novma" if novma else "walk_kernel_page_table_range"
         mm = (self.image.symbols["init_mm"],) if novma else ()
         self.call(function, *mm, 0, 2 * self.levels.pmd.size, ops, self.linear(self.root), 0)
+        if int(self._state[0]) != 2:
+            raise ValueError(f"{self.image.name}: {function} made {int(self._state[0])} calls of callbacks, not 2")
         return not int(self._log[1][7])
 
     # ---- a case
@@ -263,11 +265,9 @@ class World:
         """Puts a tree into both memories; what an earlier case left is gone."""
         if self._spoiled:
             self._reset()
-        size = self._dirty // 8
         for memory in (self.model_memory, self.machine.memory):
-            memory.words(self.plan.pages[0], size)[:] = 0
-            words = memory.words(self.arena[0], self._arena_words())
-            words[:] = 0
+            memory.words(self.plan.pages[0], self._dirty // 8)[:] = 0
+            memory.words(self.arena[0], self._arena_words())[:] = 0
         self._tree, self._dirty = tree, 0
         size = self._arena_words()
         fresh = np.zeros(size, np.uint64)
@@ -283,8 +283,7 @@ class World:
         """Both memories as they were at first: a call did not end, or wrote outside the arena."""
         self.machine.restore(self._fresh[0])
         self.model_memory.rewind(self._fresh[1])
-        self._spoiled = False
-        self._tree, self._dirty = None, 0
+        self._spoiled, self._tree, self._dirty = False, None, 0
 
     def is_inside(self, pa: int) -> bool:
         """`pa` is in the page pool, of which the arena is the end."""
@@ -300,9 +299,8 @@ class World:
             row = (flags, reaction.value & U64, reaction.action or 0, (reaction.store or 0) & U64)
             self._script[i] = np.array(row, np.uint64)
 
-    def kernel(self, variant: Variant | None = None) -> Kernel:
+    def kernel(self) -> Kernel:
         """The model's kernel over the model's memory, with the tree as init_mm's tables."""
-        bits = self.bits if variant is None else Bits.of(self.made.tables.fmt, variant, ng_mappings=self.ng)
         pages = iter(range(self.plan.pages[0], self.arena[0], self.plan.page_size))
 
         def allocate() -> int | None:
@@ -316,9 +314,9 @@ class World:
             self.model_memory,
             self.root,
             self.levels,
-            bits,
+            self.bits,
             allocate=allocate,
-            table_flags=self.made.tables.fmt.table(2).pack(UXNTable=1, AF=int(bits.variant.walks)),
+            table_flags=self.made.tables.fmt.table(2).pack(UXNTable=1, AF=int(self.variant.walks)),
             step_limit=STEP_LIMIT,
             linear_offset=self.linear_offset,
         )
@@ -334,23 +332,24 @@ class World:
 
         `keeps`: one that did not return left nothing behind (no lock, no variable), so that no reset is due.
         """
-        stop = "" if result.stop is None else RUNAWAY if result.stop.kind in ENDLESS else result.stop.kind
+        kind = result.stop.kind if result.stop else ""
         value = result.signed if value is None else value
-        self._spoiled |= bool(stop) and not keeps
-        return Outcome(value, self._words(self.machine.memory), tuple(self._merged()), stop)
+        self._spoiled |= bool(kind) and not keeps
+        events, stop = tuple(self._merged()), RUNAWAY if kind in ENDLESS else kind
+        return Outcome(value, self._words(self.machine.memory), events, stop, cut=kind in CUT)
 
     def predicted(self, kernel: Kernel, run: Callable[[], int]) -> Outcome:
         """What the model says: `run` calls its function and returns the value."""
-        stop, value = "", 0
+        stop, value, cut = "", 0, False
         try:
             value = run()
-        except (Runaway, NoMemory, NullCall, ScriptOver):
-            stop = RUNAWAY
+        except (Runaway, NoMemory, NullCall, ScriptOver) as error:
+            stop, cut = RUNAWAY, isinstance(error, Runaway)
         except Bug:
             stop = "bug"
         events = [e for e in kernel.events if not isinstance(e, Write) or self.is_inside(e.pa)]
         self._spoiled |= len(events) != len(kernel.events)
-        return Outcome(value, self._words(self.model_memory), tuple(events), stop)
+        return Outcome(value, self._words(self.model_memory), tuple(events), stop, cut)
 
     def _words(self, memory: PhysicalMemory) -> dict[int, Word]:
         """Words of the arena that are not what `load` put there, and words of pages given since."""
@@ -367,8 +366,7 @@ class World:
 
     def _merged(self) -> list[Event]:
         """Callbacks of the log and what hooks saw, in order."""
-        count = int(self._state[0])
-        rows = self._log[:count].tolist()
+        rows = self._log[: int(self._state[0])].tolist()
         merged: list[Event] = []
         done = 0
         for at, event in self._events:
@@ -390,7 +388,8 @@ class World:
         return Callback(name, tuple(args), value if name in WITH_ENTRY else None, action)
 
 
-ENDLESS = ("budget", "timeout", "fault", "exception")  # stops of a loop that has no end, or that left the tables
+CUT = ("budget", "timeout")  # stops of a call that would have gone on
+ENDLESS = (*CUT, "fault", "exception")  # stops of a loop that has no end, or that left the tables
 
 
 class ScriptOver(Exception):  # noqa: N818

@@ -8,7 +8,8 @@ The word SOURCE:
   cold-booted tables); found out by content, never by name;
 - `debian:VERSION[-FLAVOUR]`: that kernel's cold-booted tables;
 - `raw:PATH@PA[,PATH@PA...]`: raw dumps;
-- `qmp:SOCKET`, `gdb:HOST:PORT`: a QEMU guest on this machine.
+- `qmp:SOCKET`, `gdb:HOST:PORT`: a QEMU guest on this machine;
+- `parent:NAME`: internal, the guest of the debugger that started this process (see parent.py).
 Nothing is written to any of them. Rules: opening reads headers only; what reads all of RAM is asked for by name
 (`found_registers`). Every failure is one sentence (SourceError).
 """
@@ -164,11 +165,19 @@ def _gdb(word: str, rest: str) -> Source:
     return Source(word, "live guest (gdb)", memory, regs, "the guest's first CPU", release=memory.close)
 
 
+def _parent(word: str, rest: str) -> Source:
+    from emu.sources.parent import open_parent
+
+    memory, regs, symbols = open_parent(word)
+    origin = "the debugger's selected CPU"
+    return Source(word, "guest of a debugger", memory, regs, origin, symbols=symbols, release=memory.close)
+
+
 def _debian(word: str, rest: str) -> Source:
     return _kernel(word)
 
 
-_SCHEMES = {"raw": _raw, "qmp": _qmp, "gdb": _gdb, "debian": _debian}
+_SCHEMES = {"raw": _raw, "qmp": _qmp, "gdb": _gdb, "debian": _debian, "parent": _parent}
 
 
 def _open_path(path: str) -> Source:

@@ -74,7 +74,7 @@ WRONG = {
     "unknown command": (("exlpain",), "No such command 'exlpain'."),
     "unknown option": (("--colour",), "No such option '--colour'."),
     "unknown option of a command": (("check", "set_memory_valid", "--kernle", "x"), "No such option '--kernle'."),
-    "no kernel": (("check", "set_memory_valid"), "Missing option '--kernel'."),
+    "no kernel": (("check", "set_memory_valid"), "check: give --kernel KERNEL"),
     "no function": (("call", "--kernel", "x"), "Missing argument 'FUNCTION'."),
     "not a number": (
         ("check", "set_memory_valid", "--kernel", "x", "--pages", "four"),

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from emu.cli import cli
+from emu.snapshot import Snapshot
 from tests.kernels import kernel_image
 from tests.snapshots import FAST, booted
 
@@ -20,11 +21,11 @@ SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schema"
 pytestmark = pytest.mark.kernels
 
 
-def run(*args: str) -> Result:
+def run(*args: object) -> Result:
     return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
-def call(*args: str) -> Result:
+def call(*args: object) -> Result:
     return run("call", "--snapshot", str(booted().path), *args)
 
 
@@ -167,3 +168,43 @@ def test_a_kernel_or_a_snapshot_must_be_given_and_be_one(tmp_path: Path) -> None
         result = run(*args, str(foreign))
         assert result.exit_code == 2
         assert "x is not a snapshot of pgtable" in result.stderr
+
+
+# call --save
+
+
+@pytest.mark.qemu
+def test_what_calls_left_is_kept_and_diff_says_what_that_was(tmp_path: Path) -> None:
+    """set_memory_ro changes the area and its linear alias: two ranges, and nothing else."""
+    before, after = tmp_path / "before.snap", tmp_path / "after.snap"
+    assert call("vmalloc", "8192", "--save", before).exit_code == 0
+    assert call("vmalloc", "8192,", "set_memory_ro", "$1", "2", "--save", after).exit_code == 0
+    same = run("diff", before, before)
+    assert (same.exit_code, same.stdout) == (0, "0 added, 0 removed, 0 changed\n")
+    result = run("diff", before, after, "--json")
+    assert result.exit_code == 1
+    changes = valid_json(result, "diff")["changes"]
+    assert [(row["kind"], row["size"], set(row["fields"])) for row in changes] == [("changed", 8192, {"AP", "DBM"})] * 2
+    va = int(changes[1]["va"], 0)
+    linear = int(changes[0]["va"], 0)
+    assert Snapshot.load(after).machine().plan.linear_va(int(changes[1]["new"]["pa"], 0)) == linear != va
+    assert Snapshot.load(after).origin.at == "mark, then calls"
+
+
+@pytest.mark.qemu
+def test_a_snapshot_is_not_written_over_itself_nor_after_a_stop(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.snap", tmp_path / "second.snap"
+    assert call("vmalloc", "8192", "--save", first).exit_code == 0
+    content = first.stat().st_mtime_ns
+    refused = run("call", "--snapshot", first, "vmalloc", "8192", "--save", first)
+    assert refused.exit_code == 2
+    assert "is the snapshot that this machine runs on" in refused.output
+    assert first.stat().st_mtime_ns == content
+    stopped = call("schedule", "--save", second)
+    assert stopped.exit_code == 1
+    assert "is not written: schedule did not return" in stopped.output
+    assert not second.exists()
+    nowhere = call("vmalloc", "8192", "--save", tmp_path / "no" / "folder.snap")
+    assert nowhere.exit_code == 2
+    assert "--save" in nowhere.output
+    assert run("call", "--kernel", FAST, "vmalloc", "--save", second).exit_code == 2

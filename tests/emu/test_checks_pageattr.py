@@ -45,7 +45,7 @@ def cases(harness: Any, world: World, seed: int = 1) -> Iterator[Any]:
 def failed(harness: Harness, world: World, some: Iterator[Any]) -> list[str]:
     """What the first case that differs says."""
     for case in some:
-        found = differences(world, harness.run(world, case))
+        found = differences(harness.run(world, case))
         if found:
             return [str(case), *map(str, found[:3])]
     return []
@@ -70,7 +70,7 @@ def test_prepared_cases_agree_and_reach_every_row(name: str, function: str) -> N
         world, missing = worlds(name)[flavour], set(harness.rows(worlds(name)[flavour]))
         for case in harness.prepared(world):
             checked = harness.run(world, case)
-            assert [str(d) for d in differences(world, checked)] == [], (flavour, str(case))
+            assert [str(d) for d in differences(checked)] == [], (flavour, str(case))
             missing -= checked.rows
         assert missing == set()
 

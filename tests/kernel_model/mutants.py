@@ -190,7 +190,7 @@ MUTANTS = (
     ),
     Mutant(
         "part of a block is changed as if it were the whole",
-        Edit("kernel_model.pageattr:pageattr_pmd_entry", ("(next - addr & U64) != kernel.levels.pmd.size", "False")),
+        Edit("kernel_model.pageattr:_change_leaf", ("size != level.size", "False")),
         VALID,
     ),
     Mutant(

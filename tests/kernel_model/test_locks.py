@@ -153,9 +153,9 @@ def test_a_vma_under_nolock_warns_once_for_the_switch_and_once_for_debug_vm() ->
     user = Mm(kernel.pgd, Rwsem(1))
     vma = Vma(user, 0, PAGE)
     walk = MmWalk(kernel, MmWalkOps(walk_lock=NOLOCK), vma=vma, no_vma=False, mm=user)
-    walkers.process_vma_walk_lock(walk, vma)
+    walkers.process_vma_walk_lock(walk, "walk_page_range", vma)
     assert walk_page_test(0, PAGE, walk) == 0
-    assert kernel.events == [Warn("process_vma_walk_lock"), Warn("walk_vma_nolock")]
+    assert kernel.events == [Warn("walk_page_range"), Warn("walk_vma_nolock")]
     shipped = kernel_of(MAIL_REVIEW_ASSERT)
     walk_page_test(0, PAGE, MmWalk(shipped, walk.ops, vma=vma, no_vma=False, mm=user))
     assert shipped.events == []

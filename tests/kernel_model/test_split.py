@@ -222,7 +222,7 @@ def test_a_cpu_that_can_change_block_sizes_splits_at_any_time() -> None:
     bench = Bench("debian:7.3")
     for finalized, supports, left in ((True, False, C), (True, True, P)):
         lay(bench, "PTE", [C] * 16)
-        changed = {"caps_finalized": finalized, "supports_bbml": supports, "online_cpus": 4}
+        changed: dict[str, Any] = {"caps_finalized": finalized, "supports_bbml": supports, "online_cpus": 4}
         bench.run("split_kernel_leaf_mapping", VA + PAGE, VA + 2 * PAGE, around=splitting(bench, **changed))
         assert runs(bench, below(bench, "PMD"), PAGE) == [(left, 16)]
 

@@ -97,6 +97,31 @@ def test_one_level_regimes_have_xn_and_no_unprivileged_fields() -> None:
     assert table == want | {"XNTable": "60", "TA": "47:12"}
 
 
+def test_stage_2_fields_are_where_the_arm_arm_has_them() -> None:
+    want = {
+        "VALID": "0",
+        "TYPE": "1",
+        "MemAttr": "5:2",
+        "S2AP": "7:6",
+        "SH": "9:8",
+        "AF": "10",
+        "FnXS": "11",
+        "DBM": "51",
+    }
+    want |= {"Contiguous": "52", "XN": "54:53", "NS": "55", "AssuredOnly": "58"}
+    for granule in Granule:
+        for level, nt in ((3, {}), (2, {"nT": "16"})):
+            leaf = {
+                f.name: f.bits for f in Format(granule, stage2=True).leaf(level) if not f.reserved and f.name != "OA"
+            }
+            assert leaf == want | nt
+            stage1 = Format(granule).leaf(level)["OA"]
+            assert Format(granule, stage2=True).leaf(level)["OA"].bits == stage1.bits
+        table = {f.name: f.bits for f in Format(granule, stage2=True).table(1) if not f.reserved}
+        assert set(table) == {"VALID", "TYPE", "AF", "TA"}
+    assert "SH" not in Format(ds=True, stage2=True).leaf(3)
+
+
 def test_indirect_permissions_take_four_bits_and_make_ap2_ndirty() -> None:
     leaf = {f.name: f.bits for f in Format(pie=True).leaf(3) if not f.reserved}
     want = {n: b for n, b in COMMON_LEAF.items() if n not in ("AP", "DBM", "PXN", "UXN")}
