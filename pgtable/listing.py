@@ -10,6 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -119,13 +120,15 @@ def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = Non
         tree = grow(memory, p)
         trees.append(tree)
         findings += tree.findings
-        parts.append(_decided(memory, p, _concatenated([NO_RUNS, *_half(memory, tree, findings)])))
+        parts += [_decided(memory, p, *level) for level in _half(memory, tree, findings)]
     return Listing(regs, regime, joined(_concatenated(parts)), trees, findings)
 
 
 def _concatenated(parts: list[Runs]) -> Runs:
     """Rows of several lists, in VA order."""
     columns = Runs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    if (columns.va[1:] >= columns.va[:-1]).all():
+        return columns
     return columns.pick(np.argsort(columns.va, kind="stable"))
 
 
@@ -134,50 +137,94 @@ def joined(runs: Runs) -> Runs:
     if len(runs.va) < 2:
         return runs
     goes_on = (runs.va[1:] == runs.va[:-1] + runs.size[:-1]) & (runs.pa[1:] == runs.pa[:-1] + runs.size[:-1])
+    near = np.flatnonzero(goes_on)
     for column in (runs.level, runs.attributes, runs.inherited, runs.perms, runs.fault):
-        goes_on &= column[1:] == column[:-1]
-    first = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+        near = near[column[near + 1] == column[near]]
+    if not len(near):
+        return runs
+    starts = np.ones(len(runs.va), bool)
+    starts[near + 1] = False
+    first = np.flatnonzero(starts)
     sums = {"size": np.add.reduceat(runs.size, first), "leaves": np.add.reduceat(runs.leaves, first)}
     return runs.pick(first)._replace(**sums)
 
 
-def _decided(memory: TableMemory, p: WalkParams, runs: Runs) -> Runs:
-    """Rows with their memory attributes, and what an access meets that no permission refuses: both are the same in a
-    whole row.
+class _Found(NamedTuple):
+    """Runs of one level as they are found: what is read, before anything is decided. Columns as in Runs."""
 
-    A walk is made for each combination of attributes, level, inherited bits and a PA that is too large.
+    va: Words
+    pa: Words
+    word: Words
+    slot: Words
+    inherited: Words
+    leaves: Index
+
+
+def _decided(memory: TableMemory, p: WalkParams, level: int, found: _Found) -> Runs:
+    """Rows with their permissions, memory attributes, and what an access meets that no permission refuses: all of that
+    is the same in a whole row.
+
+    It is decided once for each combination of attributes, inherited bits and PA bits that are too large, by a walk.
     """
-    if not len(runs.va):
-        return runs
-    key = np.stack((runs.attributes, runs.inherited, runs.level.astype(np.uint64), runs.pa & np.uint64(p.over)))
-    _, first, which = np.unique(key, axis=1, return_index=True, return_inverse=True)
+    attributes = found.word & np.uint64(_U64 ^ p.fmt.leaf(level)["OA"].mask)
+    first, which = _kinds(attributes, found.inherited, found.pa & np.uint64(p.over))
     access = Access(AccessType.AT_ANY, p.regime.el)
     rows = []
-    for i in first.tolist():
-        fault = walk(memory.fetch, p, int(runs.va[i]), access).fault
-        rows.append((fault.code if fault else 0, *leaf_memory(p, int(runs.level[i]), int(runs.word[i]))))
-    fault_codes, attr, sh = np.array(rows, np.uint8).T
-    which = which.ravel()
-    return runs._replace(fault=fault_codes[which], attr=attr[which], sh=sh[which])
+    for va, word in zip(found.va[first].tolist(), found.word[first].tolist(), strict=True):
+        fault = walk(memory.fetch, p, va, access).fault
+        rows.append((fault.code if fault else 0, *leaf_memory(p, level, word)))
+    fault_codes, attr, sh = np.array(rows, np.uint8).reshape(-1, 3).T
+    size = np.uint64(p.fmt.granule.level_size(level))
+    return Runs(
+        va=found.va,
+        size=found.leaves.astype(np.uint64) * size,
+        pa=found.pa,
+        level=np.full(len(found.va), level, np.int8),
+        word=found.word,
+        slot=found.slot,
+        inherited=found.inherited,
+        perms=permissions_of(p, found.word[first], found.inherited[first])[which],
+        leaves=found.leaves,
+        fault=fault_codes[which],
+        attributes=attributes,
+        attr=attr[which],
+        sh=sh[which],
+    )
 
 
-def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> list[Runs]:
+def _kinds(*columns: Words) -> tuple[Index, Index]:
+    """The first row of each combination of values, and for each row the number of its combination.
+
+    Rows mostly are as the one before: only where a value changes are they compared with all others.
+    """
+    changes = np.ones(len(columns[0]), bool)
+    if len(changes):
+        changes[1:] = False
+    for column in columns:
+        changes[1:] |= column[1:] != column[:-1]
+    starts = np.flatnonzero(changes)
+    _, first, which = np.unique(np.stack([c[starts] for c in columns]), axis=1, return_index=True, return_inverse=True)
+    return starts[first], which.ravel()[np.cumsum(changes) - 1]
+
+
+def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> Iterator[tuple[int, _Found]]:
     """The runs of a half, level by level, not yet joined across tables."""
-    parts = []
+    leaf_levels = (*tree.params.fmt.block_levels, LAST_LEVEL)
     for tables, (level, _, mask) in zip(tree.levels, tree.params.levels, strict=False):
-        leaf_levels = (*tree.params.fmt.block_levels, LAST_LEVEL)
+        parts = []
         for first in range(0, len(tables.pa), CHUNK):
             some = tables.pick(slice(first, first + CHUNK))
             words, there = words_of(memory, tree.params, some.pa, mask + 1)
             if not there.all():
                 words = np.where(there[:, None], words, np.uint64(0))
             parts.append(_runs_in(tree.params, level, some, words, level in leaf_levels, findings))
-    return parts
+        if any(len(part.va) for part in parts):
+            yield level, parts[0] if len(parts) == 1 else _Found(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _runs_in(
     p: WalkParams, level: int, tables: Tables, words: Words, has_leaves: bool, findings: list[Finding]
-) -> Runs:
+) -> _Found:
     """The runs in some tables of one level, and findings about entries of a reserved kind."""
     leaf, size, entries = p.fmt.leaf(level), p.fmt.granule.level_size(level), words.shape[1]
     start = _starts(words, size)
@@ -195,7 +242,7 @@ def _runs_in(
     return _rows(p, level, tables, words, start[is_leaf], count[is_leaf])
 
 
-def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> Runs:
+def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> _Found:
     """The runs of `count` leaves that begin at the entries `start` of some tables.
 
     The output addresses of a run go on without a carry into other bits and without crossing the largest address.
@@ -218,22 +265,8 @@ def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index,
         start = np.concatenate((start[~single], each))
         count = np.concatenate((count[~single], np.ones(len(each), np.int64)))
         return _rows(p, level, tables, words, start, count)
-    inherited = tables.inherited[row]
-    return Runs(
-        va=va,
-        size=count.astype(np.uint64) * np.uint64(size),
-        pa=pa,
-        level=np.full(len(row), level, np.int8),
-        word=first,
-        slot=tables.pa[row] + entry * np.uint64(8),
-        inherited=inherited,
-        perms=permissions_of(p, first, inherited),
-        leaves=count,
-        fault=np.zeros(len(row), np.uint8),
-        attributes=first & np.uint64(_U64 ^ p.fmt.leaf(level)["OA"].mask),
-        attr=np.zeros(len(row), np.uint8),
-        sh=np.zeros(len(row), np.uint8),
-    )
+    slot = tables.pa[row] + entry * np.uint64(8)
+    return _Found(va, pa, first, slot, tables.inherited[row], count)
 
 
 def _starts(words: Words, size: int) -> Index:
