@@ -13,6 +13,7 @@ from emu.cli_source import hex64, opened, regime_of, registers_of, source_option
 from emu.cli_source import word as number_of
 
 if TYPE_CHECKING:
+    from emu.sources.find import Root
     from pgtable.find import Alias, Entry
     from pgtable.listing import Listing
 
@@ -22,6 +23,7 @@ Examples:
   pgtable find k73.snap --pa 0x42dbc000+64K
   pgtable find k73.snap --table 0x42ab3000
   pgtable find k73.snap --word 0x0040000000000001/0x0040000000000003
+  pgtable find raw:ram.bin@0x40000000 --roots
 """
 
 MOST = 1000  # entries that --word prints
@@ -32,12 +34,14 @@ MOST = 1000  # entries that --word prints
 @click.option("--pa", metavar="PA", help="All VAs that reach PA, or a range FROM-TO, FROM+SIZE.")
 @click.option("--table", metavar="PA", help="The descriptors that refer to the table page at PA.")
 @click.option("--word", metavar="WORD[/MASK]", help="The descriptors that are WORD in the bits of MASK [all].")
+@click.option("--roots", is_flag=True, help="Root tables in the RAM of SOURCE, the most believable first.")
 @source_options
 def find(
     source_word: str,
     pa: str | None,
     table: str | None,
     word: str | None,
+    roots: bool,
     regs: str | None,
     reg: tuple[str, ...],
     regime: str | None,
@@ -46,10 +50,14 @@ def find(
     """Find what leads to a PA, to a table, or to a word, in the tables of SOURCE.
 
     For --pa, VAs whose memory attributes are not those of the first are marked: such aliases are a mistake on most
-    hardware (Arm ARM, "Mismatched memory attributes"). Exit code 0 also where nothing is found.
+    hardware (Arm ARM, "Mismatched memory attributes"). --roots reads all RAM and needs no registers: trees of any
+    granule are ranked by what they map. Exit code 0 also where nothing is found.
     """
-    if sum(x is not None for x in (pa, table, word)) != 1:
-        raise CommandError("find: give one of --pa, --table and --word")
+    if sum(x is not None for x in (pa, table, word)) + roots != 1:
+        raise CommandError("find: give one of --pa, --table, --word and --roots")
+    if roots:
+        _print(source_word, _roots(source_word), as_json)
+        return
     around = _range(pa) if pa is not None else (0, 0)
     at = number_of(table, "--table") if table is not None else 0
     bits = _masked(word) if word is not None else (0, 0)
@@ -65,6 +73,13 @@ def find(
             rows = [(entry_json(row), entry_text(row)) for row in (some if as_json else islice(some, MOST + 1))]
     if not found.complete:
         click.echo("not all of the tree was visited: it refers to itself", err=True)
+    _print(source_word, rows, as_json)
+    if not rows and not as_json:
+        click.echo("no descriptor is so" if word is not None else "nothing leads there", err=True)
+
+
+def _print(source_word: str, rows: list[tuple[dict[str, Any], str]], as_json: bool) -> None:
+    """What was found, as JSON or as lines."""
     if as_json:
         answer = {"schema": "pgtable.find/1", "source": source_word, "found": [row for row, _ in rows]}
         click.echo(json.dumps(answer, indent=1))
@@ -73,8 +88,33 @@ def find(
         click.echo(text)
     if len(rows) > MOST:
         click.echo(f"there are more than these {MOST} (--json has all)", err=True)
-    if not rows:
-        click.echo("no descriptor is so" if word is not None else "nothing leads there", err=True)
+
+
+def _roots(source_word: str) -> list[tuple[dict[str, Any], str]]:
+    """The root tables in a source's RAM, registers or not."""
+    from emu.sources.find import find_roots
+
+    with opened(source_word, registers=False) as source:
+        return [(root_json(root), f"{root.score:7.3f}  {root}") for root in find_roots(source.memory)]
+
+
+def root_json(root: Root) -> dict[str, Any]:
+    """A root as `--json` prints it; shares are of 1."""
+    return {
+        "pa": hex64(root.pa),
+        "score": round(root.score, 3),
+        "granule": root.granule.label,
+        "va_bits": root.va_bits,
+        "level": root.start_level,
+        "half": "upper" if root.upper else "lower",
+        "tables": root.tables,
+        "leaves": root.leaves,
+        "linear": round(root.linear, 4),
+        "distance": hex64(root.distance),
+        "own_tables": round(root.own, 4),
+        "in_ram": round(root.in_ram, 4),
+        "el0": round(root.user, 4),
+    }
 
 
 def _range(text: str) -> tuple[int, int]:

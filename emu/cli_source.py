@@ -40,8 +40,13 @@ def source_options(command: F) -> F:
 
 
 @contextmanager
-def opened(word: str, regs: str | None = None, reg: tuple[str, ...] = ()) -> Iterator[Source]:
-    """The source that `word` names, with registers, standing still; where they come from is said on stderr."""
+def opened(
+    word: str, regs: str | None = None, reg: tuple[str, ...] = (), *, registers: bool = True
+) -> Iterator[Source]:
+    """The source that `word` names, with registers, standing still; where they come from is said on stderr.
+
+    `registers`: they are looked for in RAM where the source has none.
+    """
     from emu.kernels import KernelError, fetch, is_name
     from emu.sources import SourceError, found_registers, open_source
 
@@ -53,7 +58,7 @@ def opened(word: str, regs: str | None = None, reg: tuple[str, ...] = ()) -> Ite
         raise CommandError(str(error)) from None
     with source:
         try:
-            if source.registers is None:
+            if registers and source.registers is None:
                 found_registers(source)
                 click.echo(f"registers: {source.origin}", err=True)
             with source.reading():
