@@ -162,18 +162,13 @@ class _Found(NamedTuple):
 
 def _decided(memory: TableMemory, p: WalkParams, level: int, found: _Found) -> Runs:
     """Rows with their permissions, memory attributes, and what an access meets that no permission refuses: all of that
-    is the same in a whole row.
-
-    It is decided once for each combination of attributes, inherited bits and PA bits that are too large, by a walk.
+    is the same in a whole row, and decided once for each combination of the bits that it depends on.
     """
-    attributes = found.word & np.uint64(_U64 ^ p.fmt.leaf(level)["OA"].mask)
-    first, which = _kinds(attributes, found.inherited, found.pa & np.uint64(p.over))
-    access = Access(AccessType.AT_ANY, p.regime.el)
-    rows = []
-    for va, word in zip(found.va[first].tolist(), found.word[first].tolist(), strict=True):
-        fault = walk(memory.fetch, p, va, access).fault
-        rows.append((fault.code if fault else 0, *leaf_memory(p, level, word)))
-    fault_codes, attr, sh = np.array(rows, np.uint8).reshape(-1, 3).T
+    leaf = p.fmt.leaf(level)
+    attributes = found.word & np.uint64(_U64 ^ leaf["OA"].mask)
+    deciding = leaf.mask(*(name for name in _DECIDES if name in leaf))
+    fault, attr, sh = _judged(memory, p, level, found, attributes & np.uint64(deciding))
+    first, which = _changes(attributes, found.inherited)
     size = np.uint64(p.fmt.granule.level_size(level))
     return Runs(
         va=found.va,
@@ -185,26 +180,44 @@ def _decided(memory: TableMemory, p: WalkParams, level: int, found: _Found) -> R
         inherited=found.inherited,
         perms=permissions_of(p, found.word[first], found.inherited[first])[which],
         leaves=found.leaves,
-        fault=fault_codes[which],
+        fault=fault,
         attributes=attributes,
-        attr=attr[which],
-        sh=sh[which],
+        attr=attr,
+        sh=sh,
     )
 
 
-def _kinds(*columns: Words) -> tuple[Index, Index]:
-    """The first row of each combination of values, and for each row the number of its combination.
+# The fields of a leaf that decide about accesses which no permission refuses, and about memory attributes.
+_DECIDES = ("AF", "Contiguous", "nT", "AttrIndx", "AttrIndx3", "SH")
 
-    Rows mostly are as the one before: only where a value changes are they compared with all others.
-    """
+Bytes = npt.NDArray[np.uint8]
+
+
+def _judged(
+    memory: TableMemory, p: WalkParams, level: int, found: _Found, deciding: Words
+) -> tuple[Bytes, Bytes, Bytes]:
+    """Fault code, memory attributes and shareability of each row, by a walk for each combination of what decides."""
+    too_large = (found.pa & np.uint64(p.over)) != 0
+    starts, which = _changes(deciding, too_large)
+    key = deciding[starts] | too_large[starts]  # bit 0 is VALID, and decides nothing
+    _, first, kind = np.unique(key, return_index=True, return_inverse=True)
+    first, which = starts[first], kind[which]
+    access = Access(AccessType.AT_ANY, p.regime.el)
+    rows = []
+    for va, word in zip(found.va[first].tolist(), found.word[first].tolist(), strict=True):
+        fault = walk(memory.fetch, p, va, access).fault
+        rows.append((fault.code if fault else 0, *leaf_memory(p, level, word)))
+    codes, attr, sh = np.array(rows, np.uint8).reshape(-1, 3).T
+    return codes[which], attr[which], sh[which]
+
+
+def _changes(*columns: npt.NDArray[Any]) -> tuple[Index, Index]:
+    """The rows that are not as the one before, and for each row which of them it is as."""
     changes = np.ones(len(columns[0]), bool)
-    if len(changes):
-        changes[1:] = False
+    changes[1:] = False
     for column in columns:
         changes[1:] |= column[1:] != column[:-1]
-    starts = np.flatnonzero(changes)
-    _, first, which = np.unique(np.stack([c[starts] for c in columns]), axis=1, return_index=True, return_inverse=True)
-    return starts[first], which.ravel()[np.cumsum(changes) - 1]
+    return np.flatnonzero(changes), np.cumsum(changes) - 1
 
 
 def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> Iterator[tuple[int, _Found]]:
@@ -282,9 +295,15 @@ def _reserved(p: WalkParams, level: int, tables: Tables, start: Index, count: In
     """Entries that are valid and neither a leaf nor a table: bits [1:0] = 0b01 where there are no blocks."""
     size = p.fmt.granule.level_size(level)
     found = []
-    for at, n in zip(start.tolist(), count.tolist(), strict=True):
+    for at, n in zip(start[:_FEW].tolist(), count[:_FEW].tolist(), strict=True):
         va = int(tables.va[at // entries]) + at % entries * size
         slot = int(tables.pa[at // entries]) + at % entries * 8
         text = f"{n} level {level} descriptor{'s' * (n > 1)} with bits [1:0] = 0b01, reserved here: a translation fault"
         found.append(Finding("reserved", va, n * size, level, slot, text))
+    if len(start) > _FEW:
+        text = f"{int(count[_FEW:].sum())} more in these tables of level {level}"
+        found.append(Finding("reserved", int(tables.va[0]), 0, level, int(tables.pa[0]), text))
     return found
+
+
+_FEW = 1000  # findings of a kind in some tables

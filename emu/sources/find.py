@@ -138,11 +138,19 @@ def survey(memory: Scannable) -> Survey:
 
 
 def _could_be(words: Words, reserved: np.uint64) -> Flags:
-    """Rows of valid descriptors, none with reserved bits, and not more other words than those."""
+    """Rows of valid descriptors, none with reserved bits, and not more other words than those.
+
+    Descriptors made invalid, all of whose other bits were left, do not count as other words: freed memory of a kernel
+    and guard pages look so.
+    """
     tested = words & (np.uint64(1) | reserved)
     valid = np.count_nonzero(tested & np.uint64(1), axis=1)
     clean = np.count_nonzero(tested == 1, axis=1)
-    return np.asarray((valid > 0) & (valid == clean) & (np.count_nonzero(words, axis=1) <= 2 * valid))
+    once = np.count_nonzero((tested == 0) & (words & _AF != 0), axis=1)
+    return np.asarray((valid > 0) & (valid == clean) & (np.count_nonzero(words, axis=1) - once <= 2 * valid))
+
+
+_AF = np.uint64(Format().leaf(LAST_LEVEL)["AF"].mask)
 
 
 def _reserved(layout: Layout) -> int:

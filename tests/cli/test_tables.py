@@ -120,7 +120,7 @@ def source(tmp_path: Path) -> list[str]:
         (["dump", "SOURCE", "--va", "0x2000-0x1000"], "--va 0x2000-0x1000: must have a first address below its end"),
         (["dump", "SOURCE", "--style", "linux", "--totals"], "--style linux: is the kernel's whole dump"),
         (["dump", "SOURCE", "--style", "linux", "--variant", "5.0"], "5.0"),
-        (["find", "SOURCE"], "find: give one of --pa, --table and --word"),
+        (["find", "SOURCE"], "find: give one of --pa, --table, --word and --roots"),
         (["find", "SOURCE", "--word", "xyz"], "--word xyz: must be 0x... or 16 hex digits"),
         (["diff", "SOURCE", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
@@ -260,5 +260,8 @@ def test_the_rows_of_a_booted_kernel_are_its_leaves() -> None:
     assert totals["leaves"] == sum(kind["leaves"] for kind in totals["kinds"])
     assert totals["table_bytes"] == totals["tables"] * 4096
     assert not answer("dump", snapshot.path, "--where", "W and X")["rows"]
+    roots = answer("find", snapshot.path, "--roots")["found"]
+    assert int(roots[0]["pa"], 0) == snapshot.registers.TTBR1_EL1 & 0xFFFF_FFFF_F000
+    assert [root["score"] for root in roots] == sorted((root["score"] for root in roots), reverse=True)
     word = answer("find", snapshot.path, "--table", f"{snapshot.registers.TTBR1_EL1 & 0xFFFF_FFFF_F000:#x}")["found"]
     assert [entry["kind"] for entry in word] == ["root"]
