@@ -55,12 +55,12 @@ def walk(
     with opened(word, regs, reg) as source:
         wanted = [address(text, source) for text in vas]
         found = [_walked(source, va, kind or "read", el0, operation, regime_of(regime)) for va in wanted]
+        names = [named(source.symbols, va) for va in wanted]
     if as_json:
         rows = [_json(walk, par) for walk, par in found]
         click.echo(json.dumps({"schema": "pgtable.walk/1", "source": word, "walks": rows}, indent=1))
         return
-    names = source.symbols
-    click.echo("\n\n".join(_text(walk, par, named(names, walk.va)) for walk, par in found))
+    click.echo("\n\n".join(_text(walk, par, name) for (walk, par), name in zip(found, names, strict=True)))
 
 
 def _walked(

@@ -112,8 +112,8 @@ def regions(image: KernelImage, offset: int, va_bits: int, kfence: int) -> Regio
     """The regions of a kernel that runs `offset` above its link address with `va_bits`; `kfence`: __kfence_pool."""
     layout, variant = image.layout, detect(image.symbols, image.btf.has)
     levels = Levels(layout.page_shift, layout.levels, layout.va_bits, va_bits)
-    # Only a kernel with ptdump in debugfs says where fixmap starts; 4 MiB are more than enough.
-    markers = address_markers(levels, variant, fixaddr_top(levels, variant) - 4 * MIB)
+    # Only a kernel with ptdump in debugfs says where fixmap starts; nothing else is in the 8 MiB below its end.
+    markers = address_markers(levels, variant, fixaddr_top(levels, variant) - 8 * MIB)
     starts = {mark.start_address: "a gap" for mark in markers}
     starts |= {mark.start_address: _AREAS[mark.name] for mark in markers if mark.name in _AREAS}
     starts |= {image.symbols[name] + offset: title for name, title in _SECTIONS.items() if name in image.symbols}

@@ -31,7 +31,7 @@ def resume():
         s.connect((address[0], int(address[1])) if len(address) == 2 else address[0])
         lines = s.makefile("rb")
         if how == "gdb":
-            s.sendall(b"+$D#44")
+            s.sendall(b"+$D;1#b0")
             seen = b""
             while b"$OK" not in seen:
                 byte = lines.read(1)

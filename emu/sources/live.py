@@ -32,6 +32,7 @@ from pgtable.registers import NAMES, Registers
 
 AHEAD = 16  # pages that one read over QMP brings: tables lie close together
 PACKET = 0x800  # bytes of a memory request to the gdb stub
+DETACH = "D;1"  # a stub that gdb has used before wants the process's number
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Ranges = list[tuple[int, int]]
 
@@ -213,7 +214,7 @@ class GdbVm:
         if self._stub is not None:
             try:
                 self._stub.ask("Qqemu.PhyMemMode:0")
-                self._stub.ask("D")
+                self._stub.ask(DETACH)
             except OSError:
                 self._release()
             self._stub.close()

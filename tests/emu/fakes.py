@@ -162,7 +162,7 @@ class FakeStub(FakeVm):
             return [self.memory.read(*(int(x, 16) for x in text[1:].split(","))).hex()]
         if text.startswith("qRcmd"):
             return [*("O" + line.encode().hex() for line in mtree(self.memory).splitlines(True)), "OK"]
-        if text == "D":
+        if text == "D;1":
             self.switch(True)
             return ["OK"]
         return [""]
