@@ -90,7 +90,7 @@ class Regions:
 
 
 # Where parts of the image begin; what a kernel's symbols do not tell belongs to the part before.
-_SECTIONS = {
+SECTIONS = {
     "_text": "kernel text",
     "_etext": "kernel rodata",
     "__init_begin": "kernel init",
@@ -98,7 +98,7 @@ _SECTIONS = {
     "__bss_start": "kernel bss",
     "_end": "vmalloc",
 }
-_AREAS = {
+AREAS = {
     "Linear Mapping start": "linear map",
     "Modules start": "modules",
     "vmalloc() area": "vmalloc",
@@ -115,8 +115,8 @@ def regions(image: KernelImage, offset: int, va_bits: int, kfence: int) -> Regio
     # Only a kernel with ptdump in debugfs says where fixmap starts; nothing else is in the 8 MiB below its end.
     markers = address_markers(levels, variant, fixaddr_top(levels, variant) - 8 * MIB)
     starts = {mark.start_address: "a gap" for mark in markers}
-    starts |= {mark.start_address: _AREAS[mark.name] for mark in markers if mark.name in _AREAS}
-    starts |= {image.symbols[name] + offset: title for name, title in _SECTIONS.items() if name in image.symbols}
+    starts |= {mark.start_address: AREAS[mark.name] for mark in markers if mark.name in AREAS}
+    starts |= {image.symbols[name] + offset: title for name, title in SECTIONS.items() if name in image.symbols}
     if "_sdata" not in image.symbols and "__init_begin" in image.symbols:
         starts[image.symbols["__init_begin"] + offset] = "kernel init or data"
     rows = sorted(starts.items())

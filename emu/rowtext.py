@@ -12,24 +12,17 @@ from functools import cache
 from pgtable.attributes import MemoryAttributes
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import FaultType, fault_code
+from pgtable.findings import size_text
 from pgtable.listing import Listing, Runs
 from pgtable.params import WalkParams
 from pgtable.permissions import PR, PW, PX, UR, UW, UX
 from pgtable.registers import FSC
 
+__all__ = ["RowText", "fault_text", "flags_text", "kind_text", "memory_text", "rights_text", "size_text"]
 U64 = (1 << 64) - 1
 SHAREABILITY = ("non", "reserved", "outer", "inner")
-_UNITS = "BKMGTPE"
 # Fields that have a column of their own, or whose bits mean nothing to hardware.
 _SHOWN = ("VALID", "TYPE", "OA", "AttrIndx", "AP", "SH", "UXN", "PXN", "XN", "AF", "Contiguous", "NS")
-
-
-def size_text(size: int) -> str:
-    """`2M`, `64K`, `1G`: the largest unit that divides."""
-    unit = 0
-    while size and not size % 1024 and unit < len(_UNITS) - 1:
-        size, unit = size // 1024, unit + 1
-    return f"{size}{_UNITS[unit]}"
 
 
 def rights_text(perms: int, el0: bool) -> str:

@@ -27,9 +27,14 @@ class Finding(NamedTuple):
 
 
 def size_text(size: int) -> str:
-    """`4K`, `2M`, `512G`."""
-    unit = (size.bit_length() - 1) // 10
-    return f"{size >> 10 * unit}{' KMGTPE'[unit].strip()}"
+    """Bytes with the largest unit that divides them: `4K`, `33216K`, `512G`, `1B`."""
+    unit = 0
+    while size and not size % 1024 and unit < len(_UNITS) - 1:
+        size, unit = size // 1024, unit + 1
+    return f"{size}{_UNITS[unit]}"
+
+
+_UNITS = "BKMGTPE"
 
 
 def descriptor_findings(

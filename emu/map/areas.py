@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from emu.context import AREAS, SECTIONS
 from emu.image import KernelImage
 from emu.linux_dump import LinuxTables
 from emu.sources import Source
@@ -19,22 +20,6 @@ from pgtable.params import WalkParams
 from pgtable.tree import all_halves, why_off
 
 END = 1 << 64
-NAMES = {
-    "Linear Mapping start": "linear map",
-    "Modules start": "modules",
-    "vmalloc() area": "vmalloc",
-    "Fixmap start": "fixmap",
-    "PCI I/O start": "PCI I/O",
-    "vmemmap start": "vmemmap",
-}
-SECTIONS = {
-    "_text": "kernel text",
-    "_etext": "kernel rodata",
-    "__init_begin": "kernel init",
-    "_sdata": "kernel data",
-    "__bss_start": "kernel bss",
-    "_end": "vmalloc",
-}
 
 
 class Area(NamedTuple):
@@ -84,7 +69,7 @@ def _linux(source: Source, image: KernelImage, listing: Listing) -> Iterator[tup
     starts = {mark.name: mark.start_address for mark in marks if mark.start_address < END - 1}
     if not tables.own_markers:
         starts["Fixmap start"] = _fixmap(starts, listing)
-    yield from ((start, NAMES.get(name, "")) for name, start in starts.items())
+    yield from ((start, AREAS.get(name, "")) for name, start in starts.items())
     sections = dict(SECTIONS) if "_sdata" in source.symbols else SECTIONS | {"__init_begin": "kernel init and data"}
     yield from ((source.symbols[name], title) for name, title in sections.items() if name in source.symbols)
 
