@@ -7,6 +7,7 @@ one object; exit code 0 done, 1 the verdict is no, 2 bad input or a missing tool
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "check": ("emu.cli_check:check", "Run kernel functions and compare them with the model's prediction."),
     "compare": ("emu.cli_compare:compare", "Run the same random tables through two kernels: a behavioural changelog."),
     "explain": ("emu.cli_explain:explain", "What a descriptor or a register value says, bit by bit."),
+    "completion": ("emu.cli_completion:completion", "Print what makes bash, zsh or fish complete these commands."),
     "diff": ("emu.cli_diff:diff", "What two sources map differently: added, removed, changed, by field."),
     "dump": ("emu.cli_dump:dump", "List what a source's tables map, merged and filtered; or as Linux's ptdump."),
     "find": ("emu.cli_find:find", "Which VAs reach a PA, where a table is referred to, where a word is."),
@@ -34,6 +36,12 @@ COMMANDS = {
 }
 
 
+def _loaded(place: str) -> Any:
+    """What is at "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on use."""
 
@@ -45,8 +53,7 @@ class LazyGroup(click.Group):
         """The command, imported now; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        command: click.Command = _loaded(COMMANDS[cmd_name][0])
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,6 +81,8 @@ def cli() -> None:
 def main() -> None:
     """The console script."""
     try:
+        if "_PGTABLE_COMPLETE" in os.environ:
+            _loaded("emu.cli_completion:register")()
         code = cli(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:

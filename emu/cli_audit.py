@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_options
+from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options
 
 if TYPE_CHECKING:
     from emu.sources import Source
@@ -28,7 +28,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("word", metavar="SOURCE", required=False)
+@source_argument(required=False)
 @click.option("--rule", "names", multiple=True, metavar="NAME", help="Only this rule; counts more.")
 @click.option("--junit", metavar="FILE", help="Also write the verdicts as JUnit XML, one test case a rule.")
 @click.option("--list", "list_rules", is_flag=True, help="The rules, and what each says.")

@@ -130,7 +130,9 @@ def _one(image: KernelImage, function: str, path: Path, variant: Variant | None)
     worlds, harness = Worlds(image, variant), registry.harness(function)
     try:
         flavour, case = load(path.read_text(), function, image.layout.page_size, harness.case)
-    except (OSError, UnicodeDecodeError, StoredError) as error:
+    except UnicodeDecodeError:
+        raise CommandError(f"case {path}: is no text, so no case that a check saved") from None
+    except (OSError, StoredError) as error:
         raise CommandError(f"case {path}: {error}") from None
     if flavour not in worlds.flavours(harness):
         raise CommandError(f"case {path}: {image.name} has no world {flavour} for {function}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_options
+from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options
 
 if TYPE_CHECKING:
     from pgtable.diff import Change, Side
@@ -23,8 +23,8 @@ Examples:
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("word_a", metavar="A")
-@click.argument("word_b", metavar="B")
+@source_argument("word_a", "A")
+@source_argument("word_b", "B")
 @source_options
 @click.option("--regs-b", metavar="FILE", help="Registers of B, where they are not those of --regs.")
 @click.pass_context

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_options, span
+from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options, span
 
 if TYPE_CHECKING:
     from emu.sources import Source
@@ -33,7 +33,7 @@ FINDINGS = 20  # of a kind that are printed
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("word", metavar="SOURCE")
+@source_argument()
 @click.option(
     "--style",
     type=click.Choice(["ranges", "linux", "leaves"]),

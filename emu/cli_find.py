@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_options, span
+from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options, span
 from emu.cli_source import word as number_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MOST = 1000  # entries that --word prints
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("source_word", metavar="SOURCE")
+@source_argument("source_word")
 @click.option("--pa", metavar="PA", help="All VAs that reach PA, or a range FROM-TO, FROM+SIZE.")
 @click.option("--table", metavar="PA", help="The descriptors that refer to the table page at PA.")
 @click.option("--word", metavar="WORD[/MASK]", help="The descriptors that are WORD in the bits of MASK [all].")

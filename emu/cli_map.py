@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import opened, regime_of, regime_option, register, registers_file
+from emu.cli_source import opened, regime_of, regime_option, register, registers_file, source_argument
 
 EXAMPLE = """\b
 Examples:
@@ -22,7 +22,7 @@ Examples:
 
 
 @click.command("map", epilog=EXAMPLE)
-@click.argument("word", metavar="[SOURCE]", required=False)
+@source_argument(metavar="[SOURCE]", required=False)
 @click.option("-o", "output", required=True, metavar="FILE", help="Where to: a name that ends in .html or .svg.")
 @click.option("--diff", "other", metavar="SOURCE2", help="Compare: what SOURCE2 maps otherwise than SOURCE.")
 @click.option("--explorer", is_flag=True, help="The descriptor explorer alone, without a SOURCE.")
@@ -74,7 +74,7 @@ def _drawn(
 
     regs, reg, regime = options
     with ExitStack() as stack:
-        words = [name for name in (word, other) if name]
+        words = [name for name in (word, other) if name is not None]
         found = [Mapped.of(stack.enter_context(opened(name, regs, reg)), regime_of(regime)) for name in words]
         names = " → ".join(Path(name).name for name in words)
         data = MapData.of(title or names, found[-1], found[0] if other else None)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from emu.cli import CommandError
 
@@ -26,10 +27,27 @@ REGIMES = ("EL10", "EL20", "EL2", "EL3")
 _BARE = re.compile(r"[0-9a-fA-F]{16}")
 _SYMBOL = re.compile(r"([A-Za-z_.$][\w.$]*)(?:\+(\w+))?")
 
-registers_file = click.option("--regs", "regs", metavar="FILE", help="Registers: NAME=VALUE lines, or a JSON object.")
+registers_file = click.option(
+    "--regs",
+    "regs",
+    metavar="FILE",
+    help="Registers: NAME=VALUE lines, or a JSON object.",
+    shell_complete=lambda context, parameter, incomplete: [CompletionItem(incomplete, type="file")],
+)
 register = click.option("--reg", "reg", multiple=True, metavar="NAME=VALUE", help="One register; counts more.")
 regime_option = click.option("--regime", type=click.Choice(REGIMES), help="The translation regime [EL10].")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schema).")
+
+
+def source_argument(name: str = "word", metavar: str = "SOURCE", *, required: bool = True) -> Callable[[F], F]:
+    """The argument SOURCE, which a shell can complete."""
+    return click.argument(name, metavar=metavar, required=required, shell_complete=_complete_source)
+
+
+def _complete_source(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from emu.cli_completion import sources
+
+    return sources(incomplete)
 
 
 def source_options(command: F) -> F:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import address, hex64, opened, regime_of, registers_of, source_options
+from emu.cli_source import address, hex64, opened, regime_of, registers_of, source_argument, source_options
 
 if TYPE_CHECKING:
     from emu.sources import Source
@@ -24,7 +24,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("word", metavar="SOURCE")
+@source_argument()
 @click.argument("vas", metavar="VA...", nargs=-1, required=True)
 @click.option("--write", "kind", flag_value="write", help="A store (default: a load).")
 @click.option("--fetch", "kind", flag_value="fetch", help="An instruction fetch.")
