@@ -12,6 +12,7 @@ import sys
 from typing import IO, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 # Command: where it is, and its line in `pgtable --help` (so that help loads nothing).
 COMMANDS = {
@@ -60,6 +61,13 @@ class LazyGroup(click.Group):
         """The list in --help, from the table above."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in sorted(COMMANDS)])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names, from the table above, and the options."""
+        names = [
+            CompletionItem(name, help=COMMANDS[name][1]) for name in sorted(COMMANDS) if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
 class CommandError(click.ClickException):

@@ -35,11 +35,11 @@ from tests.pgtable.hand import PAGE_SHIFT, REGIME_EL, ROOT, STRIDE, U64, hcr, le
 
 PAGES = 12  # table pages of a sample
 ADDRESSES = 8  # walked in a sample
-SHOWN = 1000  # lines of a sample that are made
+SHOWN = 300  # lines of a sample that are made
 SLOW = 2.0  # seconds that no command may take on a sample
 T = TypeVar("T")
 SHAPES = [
-    *(("4K", ia) for ia in (48, 48, 48, 39, 30, 25, 52)),
+    *(("4K", ia) for ia in (48, 48, 48, 48, 48, 48, 39, 39, 30, 30, 25, 25, 52, 52)),
     *(("16K", ia) for ia in (48, 47, 36, 52)),
     *(("64K", ia) for ia in (48, 42, 52)),
 ]
