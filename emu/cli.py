@@ -70,6 +70,11 @@ class LazyGroup(click.Group):
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
+def examples(*lines: str) -> str:
+    """The last part of a command's --help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 class CommandError(click.ClickException):
     """Bad input or a missing tool: one sentence on stderr, exit code 2."""
 

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.cli_run import bad_input, load_image
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _WIDE = 300  # columns where no terminal sets a limit: in a pipe nothing is folded
 
 
-@click.command()
+@click.command(epilog=examples("pgtable callers set_memory_valid --kernel debian:7.3"))
 @click.argument("function")
 @click.option("--kernel", "source", required=True, metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
 @click.option(

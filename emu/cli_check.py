@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.cli_run import _JSON, _SYMBOLS, bad_input, load_image, report_json, report_text
 
 if TYPE_CHECKING:
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 MAIN_JOB = "set_memory_valid"
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgtable check set_memory_valid --kernel debian:6.12 --pages 2",
+        "pgtable check all --kernel debian:7.3 --cases 200 --seed 7",
+        "pgtable check ptdump --snapshot k73.snap",
+    )
+)
 @click.argument("function")
 @click.option("--kernel", "source", metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
 @click.option("--snapshot", metavar="FILE", help="With ptdump: a booted kernel's own tables instead.")

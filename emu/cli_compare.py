@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.cli_check import _Progress
 from emu.cli_run import _JSON, bad_input, load_image
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 6  # events shown around the first that differs
 
 
-@click.command()
+@click.command(epilog=examples("pgtable compare debian:6.12 debian:7.3 set_memory_valid --cases 100"))
 @click.argument("kernel_a")
 @click.argument("kernel_b")
 @click.argument("function")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.judge import cases as random_cases
 from emu.judge.corpus import Case, CorpusError, dump, load
 from emu.judge.guest import GuestDied, OracleError
@@ -26,7 +26,7 @@ STORED = 3  # failing cases that are shrunk and stored in a run: each takes up t
 SHOWN = 20  # unexplained disagreements printed in full
 
 
-@click.command()
+@click.command(epilog=examples("pgtable judge cases.jsonl.xz", "pgtable judge --qemu --seed 1 --cases 200"))
 @click.argument("files", nargs=-1, type=click.Path())
 @click.option(
     "--qemu", is_flag=False, flag_value="", metavar="[PATH]", help="Ask qemu-system-aarch64 (on PATH, or PATH) now."

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emu import kernels
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.kernels import Candidate, Kernel, KernelError, Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def kernel() -> None:
     """Fetch Debian's arm64 kernels by name and say what is in a kernel file."""
 
 
-@kernel.command("list")
+@kernel.command("list", epilog=examples("pgtable kernel list --all"))
 @click.option("--all", "everything", is_flag=True, help="Also what the mirror has.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema pgtable.kernel-list/1.")
 def list_(everything: bool, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def list_(everything: bool, as_json: bool) -> None:
         click.echo(f"no kernel in {kernels.cache_dir()}: `pgtable kernel fetch debian:6.12` gets one", err=True)
 
 
-@kernel.command()
+@kernel.command(epilog=examples("pgtable kernel fetch debian:7.3"))
 @click.argument("name")
 @click.option("--update", is_flag=True, help="Ask the mirror, even if the name is in the cache.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema pgtable.kernel-fetch/1.")
@@ -63,7 +63,7 @@ def fetch(name: str, update: bool, as_json: bool) -> None:
         _print_facts(row)
 
 
-@kernel.command()
+@kernel.command(epilog=examples("pgtable kernel info debian:7.3"))
 @click.argument("source", metavar="NAME|PATH")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema pgtable.kernel-info/1.")
 def info(source: str, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 
 if TYPE_CHECKING:
     from kernel_model.locktable import Cell
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 REVIEW = "mail-review"
 
 
-@click.command()
+@click.command(epilog=examples("pgtable locks --variant mail-v1 --entry walk_page_range_novma"))
 @click.option("--variant", metavar="NAME", help="One variant, or mail-review for both its readings. Default: all.")
 @click.option("--entry", metavar="FUNCTION", help="Only this entry point.")
 @click.option("--debug", is_flag=True, help="With CONFIG_DEBUG_VM and lockdep. Default: as Debian ships it.")

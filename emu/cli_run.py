@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 
 if TYPE_CHECKING:
     from emu.check import Report
@@ -56,7 +56,13 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
         return KernelImage.load(source, symbols=symbols)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgtable call set_memory_valid lin:0x48000000 1 0 --kernel debian:6.12",
+        "pgtable call --snapshot k73.snap vmalloc 8192, find_vm_area '$1'",
+        "pgtable call --snapshot k73.snap vmalloc 8192, set_memory_ro '$1' 2 --save after.snap",
+    )
+)
 @click.argument("function")
 @click.argument("arguments", nargs=-1)
 @click.option("--kernel", "source", metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")

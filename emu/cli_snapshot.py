@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from emu.cli import CommandError
+from emu.cli import CommandError, examples
 from emu.cli_run import bad_input, call_json, number, result_lines
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def snapshot() -> None:
     """Boot a kernel in QEMU and keep its memory and registers; say what a snapshot holds."""
 
 
-@snapshot.command()
+@snapshot.command(epilog=examples("pgtable snapshot boot --kernel debian:7.3 -o k73.snap"))
 @click.option("--kernel", required=True, metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The snapshot's file.")
 @click.option("--cpu", help="QEMU's CPU model [default: cortex-a57, for 16K pages cortex-a76].")
@@ -70,7 +70,7 @@ def boot(output: str, kernel: str, memory: str, cmdline: str, **options: Any) ->
     click.echo(_text(_facts(made)))
 
 
-@snapshot.command()
+@snapshot.command(epilog=examples("pgtable snapshot info k73.snap"))
 @click.argument("path", type=click.Path(), metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema pgtable.snapshot-info/1.")
 def info(path: str, as_json: bool) -> None:

@@ -52,6 +52,7 @@ def test_every_command_has_help_that_describes_each_option(path: tuple[str, ...]
         command = command.get_command(click.Context(command), name)
     assert command
     assert command.help
+    assert isinstance(command, click.Group) or f"  pgtable {' '.join(path)}" in result.stdout.split("Example")[-1]
     assert all(option.help for option in command.params if isinstance(option, click.Option))
     assert CliRunner().invoke(cli, [*path, "-h"]).exit_code == 0
 
