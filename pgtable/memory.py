@@ -281,7 +281,9 @@ class PhysicalMemory:
 
     def written(self) -> Pages:
         """The pages written since `thaw`. Raises ValueError for memory that was not thawed."""
-        return Pages(tuple(self._written(region) for region in self.regions))
+        parts = tuple(self._written(region) for region in self.regions)
+        gaps = (_gaps(numbers, r.size) for (numbers, _), r in zip(parts, self.regions, strict=True))
+        return Pages(parts, tuple(gaps))
 
     def _written(self, region: Region) -> tuple[npt.NDArray[np.int64], Words]:
         if not region.private:
@@ -294,7 +296,8 @@ class PhysicalMemory:
         for i, region in enumerate(self.regions):
             if not region.private:
                 raise ValueError(f"RAM at {region.base:#x} was not thawed from a frozen content")
-            region.buffer.madvise(mmap.MADV_DONTNEED)
+            for start, size in pages.gaps[i] if pages else ((0, region.size),):
+                region.buffer.madvise(mmap.MADV_DONTNEED, start, size)
             if pages:
                 numbers, words = pages.parts[i]
                 region.words.reshape(-1, PAGE // 8)[numbers] = words
@@ -386,9 +389,22 @@ def _saved(region: Region) -> tuple[int, int, int]:
 
 
 class Pages(NamedTuple):
-    """Pages written since a thaw: for each region, their numbers (int64) and their words (uint64, a row a page)."""
+    """Pages written since a thaw: for each region, their numbers (int64) and their words (uint64, a row a page).
+
+    `gaps`: for each region, where there are none: (offset, bytes), whole pages of the host. A page that is written over
+    need not be dropped before, which would make it a copy of the file's once more.
+    """
 
     parts: tuple[tuple[npt.NDArray[np.int64], Words], ...]
+    gaps: tuple[tuple[tuple[int, int], ...], ...]
+
+
+def _gaps(numbers: npt.NDArray[np.int64], size: int) -> tuple[tuple[int, int], ...]:
+    """What is between pages, as (offset, bytes), in whole pages of the host."""
+    host = mmap.PAGESIZE
+    own = np.unique(numbers * PAGE // host)
+    starts, ends = np.append(0, own + 1) * host, np.append(own * host, size)
+    return tuple((int(a), int(b - a)) for a, b in zip(starts, ends, strict=True) if a < b)
 
 
 def _joined(parts: list[Words]) -> Words:
