@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import opened, regime_of, regime_option, register, registers_file, source_argument
+from emu.cli_source import complete_source, opened, regime_of, regime_option, register, registers_file, source_argument
 
 EXAMPLE = """\b
 Examples:
@@ -24,7 +24,13 @@ Examples:
 @click.command("map", epilog=EXAMPLE)
 @source_argument(metavar="[SOURCE]", required=False)
 @click.option("-o", "output", required=True, metavar="FILE", help="Where to: a name that ends in .html or .svg.")
-@click.option("--diff", "other", metavar="SOURCE2", help="Compare: what SOURCE2 maps otherwise than SOURCE.")
+@click.option(
+    "--diff",
+    "other",
+    metavar="SOURCE2",
+    help="Compare: what SOURCE2 maps otherwise than SOURCE.",
+    shell_complete=complete_source,
+)
 @click.option("--explorer", is_flag=True, help="The descriptor explorer alone, without a SOURCE.")
 @click.option("--title", help="The title [the sources' names].")
 @registers_file

@@ -41,10 +41,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 def source_argument(name: str = "word", metavar: str = "SOURCE", *, required: bool = True) -> Callable[[F], F]:
     """The argument SOURCE, which a shell can complete."""
-    return click.argument(name, metavar=metavar, required=required, shell_complete=_complete_source)
+    return click.argument(name, metavar=metavar, required=required, shell_complete=complete_source)
 
 
-def _complete_source(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_source(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What SOURCE may become, for click."""
     from emu.cli_completion import sources
 
     return sources(incomplete)

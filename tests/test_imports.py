@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernel_model": {"pgtable", "numpy"},
     "emu": {
         *("pgtable", "kernel_model", "numpy", "unicorn", "capstone", "elftools", "click", "rich", "platformdirs"),
-        *("backports", "drgn", "qemu"),
+        *("backports", "drgn", "qemu", "gdb"),
     },
 }
 
@@ -34,6 +34,7 @@ ONLY = {
     "qemu": {"boot.py"},
     "click": {"demo.py"},  # and cli*.py
     "rich": set(),
+    "gdb": {"gdb_script.py"},
 }
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
