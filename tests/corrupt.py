@@ -152,9 +152,9 @@ def _loop(rng: random.Random, made: Sample, page: int) -> None:
 
 
 def _self(rng: random.Random, made: Sample, page: int) -> None:
-    """A table full of itself."""
+    """A table full of itself, in its first 4 KiB."""
     at = rng.randrange(made.memory.regions[0].size // page) * page
-    made.memory.words(ROOT + at, page // 8)[:] = table(ROOT + at)
+    made.memory.words(ROOT + at, 512)[:] = table(ROOT + at)
 
 
 def _truncate(rng: random.Random, made: Sample, page: int) -> None:
@@ -167,9 +167,9 @@ def _truncate(rng: random.Random, made: Sample, page: int) -> None:
 
 
 def _garbage(rng: random.Random, made: Sample, page: int) -> None:
-    """A page of random words."""
+    """A table whose first 4 KiB are random."""
     at = rng.randrange(made.memory.regions[0].size // page) * page
-    made.memory.write(ROOT + at, rng.randbytes(page))
+    made.memory.write(ROOT + at, rng.randbytes(4096))
 
 
 def _root(rng: random.Random, made: Sample, page: int) -> None:
