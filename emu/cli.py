@@ -32,6 +32,7 @@ COMMANDS = {
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
     "locks": ("emu.cli_locks:locks", "Which lock each page walk asks for, in releases and in the thread's variants."),
     "map": ("emu.cli_map:map_command", "Draw what a source maps: an HTML page to zoom and search in, or an SVG."),
+    "race": ("emu.cli_race:race", "Run kernel functions against each other in every order, and judge the tables."),
     "walk": ("emu.cli_walk:walk", "Walk any source's tables for an address: every step, and which bit decided."),
     "snapshot": ("emu.cli_snapshot:snapshot", "Boot a kernel in QEMU and keep it; what a snapshot holds."),
 }

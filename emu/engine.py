@@ -8,6 +8,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -63,6 +64,7 @@ _RW = 1 << 10  # SCR_EL3.RW: without it EL1 counts as AArch32 and the MMU reads 
 
 
 _unicorn: Any = unicorn  # it ships partial types
+_WORD = ctypes.c_uint64  # what every general register is: Unicorn's own reg_read takes as long again to find that out
 
 
 class End(Enum):
@@ -162,11 +164,11 @@ class Cpu:
 
     def read(self, register: int) -> int:
         """A general register's value."""
-        return int(self.uc.reg_read(register))
+        return int(self.uc._reg_read(register, _WORD, None))
 
     def write(self, register: int, value: int) -> None:
         """Sets a general register."""
-        self.uc.reg_write(register, value & (1 << 64) - 1)
+        self.uc._reg_write(register, _WORD, value & (1 << 64) - 1)
 
     def general(self) -> list[int]:
         """X0 to X30."""
@@ -289,6 +291,14 @@ class Cpu:
             self._guarded(lambda: callback(address, size, value))
 
         return int(self.uc.hook_add(uc_const.UC_HOOK_MEM_WRITE, hook, None, begin, end))
+
+    def on_read(self, callback: Callable[[int, int], bool], begin: int, end: int) -> int:
+        """`callback(pa, size)` before a load from PAs [begin, end]; False stops the run. Returns a handle."""
+
+        def hook(uc: Any, access: int, address: int, size: int, value: int, _: Any) -> None:
+            self._guarded(lambda: callback(address, size))
+
+        return int(self.uc.hook_add(uc_const.UC_HOOK_MEM_READ, hook, None, begin, end))
 
     def remove(self, handle: int) -> None:
         """Takes a hook away."""

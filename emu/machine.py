@@ -139,6 +139,8 @@ class Machine:
         self._order = OrderRecorder(self.cpu, self.read)
         self._on_warn: Callable[[object], None] | None = None
         self._known: Mark | None = None  # table words when the guest last ran
+        self.siblings: list[Machine] = []  # other CPUs on this memory (emu.cpus)
+        self.first: Machine = self  # the one of them whose page pool is theirs
         self._pages_given = 0
         self._svc_end: int | None = None
         self._struct_pages = made.struct_pages
@@ -295,14 +297,32 @@ class Machine:
         "events": the order without a comparison, for many calls on tables that only the guest changes (see `watch`).
         Raises SymbolError for a name that is not there or not one.
         """
+        return self._record(self.prepare(function, *args), self.plan.landing, timeout, blocks, record)
+
+    def prepare(self, function: str | int, *args: int) -> int:
+        """Sets registers and stack for a call and runs nothing. The address to run from, until `plan.landing`."""
         if len(args) > 8:
             raise ValueError(f"{len(args)} arguments: a call passes at most 8 in registers")
+        address = self.symbol(function)
         for i, value in enumerate(args):
             self.cpu.write(engine.X[i], value)
         self.cpu.write(engine.SP, self.plan.stack)
         self.cpu.write(engine.FP, 0)
         self.cpu.write(engine.LR, self.plan.landing)
-        return self._record(self.symbol(function), self.plan.landing, timeout, blocks, record)
+        return address
+
+    def proceed(self, pc: int, timeout: float | None = TIMEOUT) -> tuple[Ended, Stop | None]:
+        """Goes on with a prepared call from `pc` until a hook stops it or it ends; why it stopped, if not by a hook."""
+        self._now = _Run(home=self.plan.landing)
+        ended = self.cpu.run(pc, self.plan.landing, timeout)
+        if self._now.stop or ended.end is End.STOPPED or ended.pc == self.plan.landing:
+            return ended, self._now.stop
+        return ended, self._stop_for(ended, None)
+
+    @property
+    def warnings(self) -> tuple[Warn, ...]:
+        """The WARNs since the last `proceed`."""
+        return tuple(self._now.warnings)
 
     def stub(self, function: str | int, action: Callable[[Machine], int | None]) -> None:
         """Replaces a function: when it is called, `action(machine)` runs instead and gives X0 (None: left alone)."""
@@ -440,16 +460,16 @@ class Machine:
 
         Raises MemoryError when the pool is empty.
         """
-        pa = self.plan.pages[0] + self._pages_given * self.plan.page_size
+        pa = self.plan.pages[0] + self.first._pages_given * self.plan.page_size
         if pa + self.plan.page_size > sum(self.plan.pages):
             raise MemoryError(f"page pool of {self.plan.pages[1]:#x} bytes is empty")
-        self._pages_given += 1
+        self.first._pages_given += 1
         self.memory.words(pa, self.plan.page_size // 8)[:] = 0
         return pa
 
     def take_back(self) -> None:
         """The page pool is whole again: what give_page gave is forgotten."""
-        self._pages_given = 0
+        self.first._pages_given = 0
 
     def struct_page(self, pa: int) -> int:
         """The kernel's struct page of a page of RAM, as its own vmalloc_to_page says. Raises ValueError without it."""
@@ -460,7 +480,7 @@ class Machine:
     def _table_ranges(self, *, whole: bool = False) -> list[tuple[int, int]]:
         """PA ranges that may hold tables: what the builders and the page pool have given out, or all of them."""
         pages = self.plan.pages
-        given = pages[1] if whole else self._pages_given * self.plan.page_size
+        given = pages[1] if whole else self.first._pages_given * self.plan.page_size
         return [self.tables.used, self.user.used, (pages[0], given)]
 
     def _mark(self) -> Mark:
@@ -484,6 +504,9 @@ class Machine:
             event = Maintenance(name, operand, self.cpu.read(engine.PC))
             self._now.maintenance.append(event)
             self._order.note(event)
+            if self.siblings and event.broadcast:
+                for other in self.siblings:
+                    other.cpu.flush_tlb()
         return self.mmu is not None and self.mmu.system(instruction)
 
     def _interrupt(self, number: int) -> bool:

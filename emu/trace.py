@@ -34,6 +34,11 @@ class Maintenance(NamedTuple):
         va = (self.operand & (1 << 44) - 1) << 12
         return va | 0xFF << 56 if va >> 55 else va
 
+    @property
+    def broadcast(self) -> bool:
+        """It reaches the other CPUs: the IS and OS forms."""
+        return self.operation.removesuffix("NXS").endswith(("IS", "OS"))
+
     def __str__(self) -> str:
         return f"tlbi {self.operation.lower()}" + (f", {self.va:#018x}" if self.va is not None else "")
 

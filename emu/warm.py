@@ -113,7 +113,10 @@ class _Printing(NamedTuple):
 class WarmMachine(Machine):
     """A booted kernel's memory and CPU. Made by `Snapshot.machine`."""
 
-    def __init__(self, snapshot: Snapshot, *, mmu: str = "cpu", vectors: bool = False) -> None:
+    def __init__(
+        self, snapshot: Snapshot, *, mmu: str = "cpu", vectors: bool = False, made: SetUp | None = None
+    ) -> None:
+        """`made`: memory to share with another machine, and where this one's stack and task are (emu.cpus)."""
         if mmu not in ("cpu", "model"):
             raise ValueError(f'mmu={mmu!r}: must be "cpu" or "model"')
         self.snapshot = snapshot
@@ -122,7 +125,7 @@ class WarmMachine(Machine):
         self._new_code = False
         features = snapshot.registers.features if mmu == "model" else None
         super().__init__(
-            _set_up(snapshot, mmu), snapshot.image, features=features, vectors=vectors if features else None
+            made or _set_up(snapshot, mmu), snapshot.image, features=features, vectors=vectors if features else None
         )
         self._silent = bool(snapshot.system.get("CTR_EL0", CTR_DIC) & CTR_DIC)
         self._set_hooks()
@@ -166,22 +169,22 @@ class WarmMachine(Machine):
         record: str = "changes",
     ) -> CallResult:
         """As `Machine.call`; an argument may also be a string (UTF-8, ended by NUL), which is put on the stack."""
-        if len(args) > 8:
-            raise ValueError(f"{len(args)} arguments: a call passes at most 8 in registers")
-        address = self.symbol(function)
-        self.printed, self._printing = [], []
-        values, stack = self._placed(args)
-        if self.cpu.pstate != self.snapshot.general["cpsr"]:
-            self.cpu.pstate = self.snapshot.general["cpsr"]
-        for i, value in enumerate(values):
-            self.cpu.write(engine.X[i], value)
-        self.cpu.write(engine.SP, stack)
-        self.cpu.write(engine.FP, 0)
-        self.cpu.write(engine.LR, self.plan.landing)
-        result = self._record(address, self.plan.landing, timeout, blocks, record)
+        result = self._record(self.prepare(function, *args), self.plan.landing, timeout, blocks, record)
         stop = result.stop and _classified(result.stop, self.plan.ram)
         printed = tuple(text.rstrip("\n") for text in self.printed)
         return replace(result, printed=printed, stop=stop) if stop or printed else result
+
+    def prepare(self, function: str | int, *args: int | str | bytes) -> int:  # it takes more
+        """As `Machine.prepare`, with the arguments of `call`."""
+        if len(args) > 8:
+            raise ValueError(f"{len(args)} arguments: a call passes at most 8 in registers")
+        self.printed, self._printing = [], []
+        values, stack = self._placed(args)
+        address = super().prepare(function, *values)
+        if self.cpu.pstate != self.snapshot.general["cpsr"]:
+            self.cpu.pstate = self.snapshot.general["cpsr"]
+        self.cpu.write(engine.SP, stack)
+        return address
 
     def _placed(self, args: Sequence[int | str | bytes]) -> tuple[list[int], int]:
         """The values of arguments, and the stack pointer below those that had to be put there."""

@@ -1,0 +1,1 @@
+"""Races: actors that take turns on shared tables, the search through their interleavings, the scenarios shipped."""

@@ -1,0 +1,27 @@
+"""Which instructions others can notice, by their encoding: barriers, TLB maintenance, exclusives, atomics.
+
+Encodings: Arm ARM C4.1 (loads and stores; branches, exception generating and system instructions).
+"""
+
+from __future__ import annotations
+
+# (mask, value, kind), first match counts
+_KINDS = (
+    (0xFFFF_F01F, 0xD503_301F, "barrier"),  # DSB, DMB, ISB, and CLREX and SB, which are left out below
+    (0xFFF8_E000, 0xD508_8000, "tlbi"),  # SYS with CRn 8 or 9
+    (0x3F00_0000, 0x0800_0000, "atomic"),  # exclusive, ordered (LDAR, STLR), CAS
+    (0x3B20_0C00, 0x3820_0000, "atomic"),  # LSE: LDADD, SWP ...; LDAPR
+)
+_OP2_OF_BARRIERS = (4, 5, 6)  # DSB, DMB, ISB
+_WFE = 0xD503205F
+_YIELD = 0xD503203F
+
+
+def site_kind(word: int) -> str | None:
+    """ "barrier", "tlbi", "atomic", "wait"; None for an instruction that matters to nobody else but by its address."""
+    if word in (_WFE, _YIELD):  # the CPU has nothing to do until another one acts
+        return "wait"
+    for mask, value, kind in _KINDS:
+        if word & mask == value:
+            return None if kind == "barrier" and word >> 5 & 7 not in _OP2_OF_BARRIERS else kind
+    return None

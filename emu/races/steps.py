@@ -1,0 +1,422 @@
+"""One step of an actor at a time: from a state to the state at its next switch point; nothing is run twice.
+
+How a switch point is found: loads and stores of table pages are seen by hooks on their PAs, which tell the PC;
+barriers, TLB maintenance, exclusives, atomics and ordered accesses by decoding each block as it is translated. Only
+those addresses (`sites`) get a hook on the instruction, which stops before it. What is found after the hooks were set
+raises `Learned`: the search starts again, knowing more.
+
+Rules of this file:
+- A switch point has the number of the actor's event (what others can notice) that comes next. The number depends on
+  what was executed only, not on what was hooked: schedules mean the same in every run.
+- A state is the content of all pages that any path writes, and all registers. The TLB is dropped when a CPU is gone on
+  with from a state that it did not just reach.
+- Memory is sequentially consistent: an instruction's effect is seen by all before the next instruction of anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from emu import engine
+from emu.cpus import fail_exclusive, is_store_exclusive
+from emu.machine import Machine
+from emu.races.actors import POISON, WAIT, Actor, Call, Event, Note, Progress, Scene
+from emu.races.sites import site_kind
+from emu.races.states import Context, Running, State
+from pgtable import Access
+from pgtable.bits import Words
+from pgtable.memory import PAGE
+
+Ranges = Sequence[tuple[int, int]]  # (PA, bytes)
+GRANULE = 16  # bytes that an exclusive reserves: the smallest that the architecture allows (CTR_EL0.ERG)
+LOST = -1  # a reservation that another actor's store has ended
+
+
+class Learned(Exception):  # noqa: N818  no error: the search starts again
+    """A site, a page or a table was found that the search did not know of."""
+
+
+class Stepper:
+    """Runs `actors[i]` on `machines[i]`; `tables`: the PA ranges whose accesses are switch points.
+
+    `interrupt`: all but the first actor run on the first's CPU, in a softirq.
+    """
+
+    def __init__(
+        self, machines: Sequence[Machine], actors: Sequence[Actor], tables: Ranges, *, interrupt: bool = False
+    ) -> None:
+        self.machines, self.actors, self.interrupt = list(machines), list(actors), interrupt
+        self.memory = machines[0].memory
+        self.tables: list[tuple[int, int]] = [r for r in tables if r[1]]
+        self.sites: dict[int, str] = {}
+        self.steps = 0
+        self.trace: list[Event] | None = None
+        self._blocks: set[int] = set()
+        self._page_numbers: set[int] = set()
+        self._new: set[str] = set()
+        self._exclusives: dict[int, int] = {}  # PC of a store-exclusive: the register of its address
+        self._granules: set[int] = set()  # PAs that exclusives reserve
+        self._granules_hooked: set[int] = set()
+        self._guarded: set[int] = set()  # pages that were freed on some path
+        self._learning = True
+        self._cpus = list(dict.fromkeys(machines))
+        self._hooked: set[int] = set()
+        self._watching: list[tuple[Machine, int]] = []
+        self._at: State | None = None
+        self._loaded: list[Any] = [None] * len(machines)
+        self._running = 0
+        self._now = Running()
+        self._begin = self.memory.written()
+        self._contexts = tuple(Context(machine.cpu.context()) for machine in machines)
+        for machine in self._cpus:
+            machine.cpu.on_new_block(partial(self._new_block, machine))
+            for base, size in self.tables:
+                self._watch(machine, base, size)
+        self._set_pages()
+
+    # what is known
+
+    def learn(self) -> None:
+        """Sets hooks for what was found since. Where code ran that is new, each page written is noted (slower)."""
+        everything = bool(self._new) or not self.sites
+        for machine, handle in self._watching:
+            machine.cpu.remove(handle)
+        self._watching = []
+        for machine in self._cpus:
+            for site in set(self.sites) - self._hooked:
+                machine.cpu.on_code(self._at_site, site, site)
+            for granule in self._granules - self._granules_hooked:
+                machine.cpu.on_write(self._disturbed, granule, granule + GRANULE - 1)
+            for region in self.memory.regions if everything else ():
+                handle = machine.cpu.on_write(self._written, region.base, region.base + region.size - 1)
+                self._watching.append((machine, handle))
+            machine.cpu.flush_code()
+        self._hooked |= set(self.sites)
+        self._granules_hooked |= self._granules
+        self._learning = everything
+        self._new.clear()
+        self._set_pages()
+
+    def table_words(self, state: State) -> Words:
+        """The table pages of a state that any path writes: uint64 of shape (n, words of a page); see `table_pages`."""
+        return state.pages[self._table_rows]
+
+    @property
+    def table_pages(self) -> list[int]:
+        """The PAs of the 4 KiB pages whose words `table_words` gives."""
+        return [self._numbers[row] * PAGE for row in self._table_rows.tolist()]
+
+    def check_learned(self) -> None:
+        """Raises Learned if the search so far has met what it did not know. For the end of a search."""
+        if self._new:
+            raise Learned
+        known = self._numbers
+        before = dict(zip(self._first_numbers, self._first_words, strict=True))
+        for number, words in self._all_written():
+            if number not in known and not np.array_equal(before.get(number, words[:0]), words):
+                self._page_numbers.add(number)
+                raise Learned
+
+    def _all_written(self) -> list[tuple[int, Words]]:
+        found = []
+        for region, (numbers, words) in zip(self.memory.regions, self.memory.written().parts, strict=True):
+            found += [(int(n) + region.base // PAGE, w) for n, w in zip(numbers, words, strict=True)]
+        return found
+
+    def _set_pages(self) -> None:
+        """The pages that a state holds: those that any path is known to write."""
+        self.memory.rewind(self._begin)
+        written = self._all_written()
+        self._first_numbers, self._first_words = [n for n, _ in written], [w for _, w in written]
+        self._numbers = sorted(self._page_numbers)
+        self._views = []
+        for region in self.memory.regions:
+            first, last = region.base // PAGE, (region.base + region.size) // PAGE
+            inside = [n - first for n in self._numbers if first <= n < last]
+            self._views.append((region.words.reshape(-1, PAGE // 8), np.array(inside, np.int64)))
+        rows = [r for r, n in enumerate(self._numbers) if any(b <= n * PAGE < b + size for b, size in self.tables)]
+        self._table_rows = np.array(rows, np.int64)
+        self._at = None
+        self._loaded = [None] * len(self.machines)
+
+    def _new_block(self, machine: Machine, pc: int, size: int) -> bool:
+        if pc in self._blocks:
+            return True
+        self._blocks.add(pc)
+        if not self._learning:
+            self._new.add("block")
+        spins = False
+        for k, word in enumerate(np.frombuffer(machine.read(pc, size // 4 * 4), "<u4").tolist()):
+            kind = site_kind(word)
+            if kind and pc + 4 * k not in self.sites:
+                self.sites[pc + 4 * k] = kind
+                self._new.add("site")
+                spins = spins or kind == "wait"
+                if is_store_exclusive(word):
+                    self._exclusives[pc + 4 * k] = word >> 5 & 31
+        return not spins  # without its hook it would spin for ever
+
+    def _written(self, pa: int, size: int, value: int) -> bool:
+        for number in (pa // PAGE, (pa + size - 1) // PAGE):
+            if number not in self._page_numbers:
+                self._page_numbers.add(number)
+                self._new.add("page")
+        return True
+
+    # what hooks see
+
+    def _disturbed(self, pa: int, size: int, value: int) -> bool:
+        self._now.disturbed.add(pa & -GRANULE)
+        return True
+
+    def _touched(self, machine: Machine, pa: int, size: int, value: int | None = None) -> bool:
+        pc = machine.cpu.read(engine.PC)
+        kind = self.sites.get(pc)
+        if kind is None:
+            self.sites[pc] = "memory"
+            self._new.add("site")
+        if kind in (None, "memory"):
+            self._now.events += 1
+        if self.trace is not None:
+            self._trace_access(pc, pa, size, value)
+        return True
+
+    def _trace_access(self, pc: int, pa: int, size: int, value: int | None) -> None:
+        assert self.trace is not None
+        old = self.memory.fetch(pa & -8)
+        shift, mask = 8 * (pa & 7), (1 << 8 * size) - 1
+        new = old if value is None else old & ~(mask << shift) | (value & mask) << shift
+        kind = "read" if value is None else "write"
+        self.trace.append(Event(self._name, self._now.events, kind, pc, "", pa & -8, old, new))
+
+    def _at_site(self, pc: int) -> bool:
+        now, kind = self._now, self.sites[pc]
+        if kind == "wait" and now.skip != pc:
+            now.waits = True
+            return False
+        if now.skip != pc and not now.free and now.events != now.stopped_at:
+            return False
+        now.skip = 0
+        if kind not in ("memory", "wait"):
+            now.events += 1
+            if self.trace is not None:
+                self.trace.append(Event(self._name, now.events, kind, pc, ""))
+        return True
+
+    @property
+    def _name(self) -> str:
+        return self.actors[self._running].name
+
+    def _note(self, kind: str, text: str) -> None:
+        note = Note(kind, self._name, text)
+        if note not in self._now.notes:
+            self._now.notes.append(note)
+
+    def free(self, pa: int) -> None:
+        """From a stub: the table page at `pa` is given back, and filled with a pattern. Its use is a finding."""
+        page = self.machines[0].plan.page_size
+        self._now.freed |= {pa & -page}
+        self.memory.words(pa & -page, page // 8)[:] = POISON
+        for at in range(pa & -page, (pa & -page) + page, PAGE):
+            self._written(at, 8, 0)
+        self._guard(pa & -page)
+
+    def _guard(self, page: int) -> None:
+        """Accesses to a page are looked at from now on; while it is freed they are findings."""
+        if page in self._guarded:
+            return
+        self._guarded.add(page)
+        for machine in self._cpus:
+            last = page + machine.plan.page_size - 1
+            machine.cpu.on_read(partial(self._touched_freed, machine), page, last)
+            machine.cpu.on_write(partial(self._touched_freed, machine), page, last)
+        self._new.add("table")
+
+    def _touched_freed(self, machine: Machine, pa: int, size: int, value: int | None = None) -> bool:
+        if pa & -machine.plan.page_size in self._now.freed:
+            how, pc = "read" if value is None else "written", machine.cpu.read(engine.PC)
+            self._note("freed-table", f"{machine.describe(pc)}: PA {pa:#x} is {how}, in a table page that was freed")
+        return True
+
+    def _watch(self, machine: Machine, base: int, size: int) -> None:
+        machine.cpu.on_read(partial(self._touched, machine), base, base + size - 1)
+        machine.cpu.on_write(partial(self._touched, machine), base, base + size - 1)
+
+    # states
+
+    def begin(self) -> State:
+        """The state in which nothing has run."""
+        self.memory.rewind(self._begin)
+        self._loaded = [None] * len(self.machines)
+        progress = tuple(Progress() for _ in self.actors)
+        return self._made(self._contexts, progress, frozenset(), (), self.machines[0].first._pages_given)
+
+    def _made(
+        self,
+        contexts: tuple[Context, ...],
+        actors: tuple[Progress, ...],
+        freed: frozenset[int],
+        notes: tuple[Note, ...],
+        given: int,
+    ) -> State:
+        pages = np.concatenate([words[numbers] for words, numbers in self._views])
+        self._at = State(pages, contexts, actors, freed, notes, given)
+        return self._at
+
+    def restore(self, state: State) -> None:
+        """Memory as it is in `state`."""
+        if state is self._at:
+            return
+        done = 0
+        for words, numbers in self._views:
+            words[numbers] = state.pages[done : done + len(numbers)]
+            done += len(numbers)
+        self.machines[0].first._pages_given = state.given
+        self._at = state
+        self._loaded = [None] * len(self.machines)
+
+    def step(self, state: State, actor: int, *, free: bool = False) -> State:
+        """The state at the actor's next switch point, or with `free` at its end or where it has to wait."""
+        self.restore(state)
+        self.steps += 1
+        progress = state.actors[actor]
+        work = self.actors[actor].work[progress.operation]
+        self._running = actor
+        self._now = now = Running(
+            progress.events, progress.events, free=free, freed=state.freed, notes=list(state.notes)
+        )
+        if not isinstance(work, Call):
+            return self._python_step(state, actor, progress)
+        machine = self.machines[actor]
+        resumed = self._loaded[actor] is state.contexts[actor] and progress.pc
+        if not resumed:
+            machine.cpu.set_context(state.contexts[actor].saved)
+            machine.cpu.flush_tlb()
+        pc = progress.pc or self._prepare(state, actor, work)
+        if progress.reserved == LOST:
+            fail_exclusive(machine, pc)
+            pc += 4
+            now.events += 1
+        now.skip = pc if progress.pc else 0
+        return self._run(state, actor, pc)
+
+    def _prepare(self, state: State, actor: int, work: Call) -> int:
+        machine = self.machines[actor]
+        pc = machine.prepare(work.function, *work.args)
+        if self.interrupt and actor:
+            self._enter_softirq(state, machine)
+        return pc
+
+    def _run(self, state: State, actor: int, pc: int) -> State:
+        machine, now = self.machines[actor], self._now
+        ended, stop = machine.proceed(pc)
+        progress = state.actors[actor]._replace(events=now.events, waiting=False, reserved=0)
+        for warn in machine.warnings:
+            self._note("warning", str(warn))
+        if stop is not None:
+            self._note("stop", f"{stop.kind}: {stop.message} at {stop.symbol}")
+            progress = progress._replace(operation=len(self.actors[actor].work), pc=0)
+        elif ended.pc == machine.plan.landing:
+            progress = self._finished(actor, progress, machine.cpu.read(engine.X[0]))
+        else:
+            reserved = self._reserved(machine, ended.pc)
+            progress = progress._replace(pc=ended.pc, waiting=now.waits, reserved=reserved)
+        return self._after(state, actor, progress)
+
+    def _reserved(self, machine: Machine, pc: int) -> int:
+        """The granule that the store-exclusive at `pc` needs to be as its load-exclusive left it; 0 for others."""
+        if pc not in self._exclusives:
+            return 0
+        register = self._exclusives[pc]
+        va = machine.cpu.read(engine.SP if register == 31 else engine.X[register])
+        granule = machine.translate(va, Access.write(el=1)).pa & -GRANULE
+        if granule not in self._granules:
+            self._granules.add(granule)
+            self._new.add("site")
+        return granule
+
+    def _finished(self, actor: int, progress: Progress, result: int) -> Progress:
+        if self.interrupt and actor:
+            self._add_preempt_count(-SOFTIRQ_OFFSET)
+        if self.trace is not None:
+            self.trace.append(Event(self._name, progress.events, "end", 0, f"returns {result:#x}"))
+        return progress._replace(operation=progress.operation + 1, pc=0, results=(*progress.results, result))
+
+    def _python_step(self, state: State, actor: int, progress: Progress) -> State:
+        work = self.actors[actor].work[progress.operation]
+        assert not isinstance(work, Call)
+        scene = Scene(self.machines[actor], progress.results, state.freed)
+        result = work.action(scene) or 0
+        for pa in scene.written:
+            self._written(pa, 8, 0)
+            self._disturbed(pa, 8, 0)
+        for kind, text in scene.notes:
+            self._note(kind, text)
+        self._now.freed = scene.freed
+        for page in scene.freed:
+            self._guard(page)
+        if result == WAIT:
+            return self._after(state, actor, progress._replace(waiting=True))
+        self._now.events += 1
+        if self.trace is not None:
+            self.trace.append(Event(self._name, self._now.events, "step", 0, work.name))
+        progress = progress._replace(
+            operation=progress.operation + 1, events=self._now.events, results=(*progress.results, result)
+        )
+        return self._after(state, actor, progress)
+
+    def _after(self, state: State, actor: int, progress: Progress) -> State:
+        """The state now, in which `actor` has moved on; whoever waited may find what it waits for."""
+        if self._new - {"block"}:
+            raise Learned
+        context = Context(self.machines[actor].cpu.context())
+        self._loaded = [context if i == actor else None for i in range(len(self.machines))]
+        moved = (progress.pc, progress.operation) != (state.actors[actor].pc, state.actors[actor].operation)
+        actors = tuple(progress if i == actor else self._seen(p, moved) for i, p in enumerate(state.actors))
+        return self._made(
+            _with(state.contexts, actor, context),
+            actors,
+            self._now.freed,
+            tuple(self._now.notes),
+            self.machines[0].first._pages_given,
+        )
+
+    def _seen(self, other: Progress, moved: bool) -> Progress:
+        """How far another actor is after this step."""
+        if other.reserved in self._now.disturbed:
+            other = other._replace(reserved=LOST)
+        return other._replace(waiting=False) if other.waiting and moved else other
+
+    # interrupts
+
+    def _enter_softirq(self, state: State, machine: Machine) -> None:
+        """On the interrupted CPU's stack and task, with the count that in_interrupt() looks at."""
+        first = self.machines[0]
+        context = state.contexts[0].saved if state.actors[0].pc else None
+        stack = context.reg_read(engine.SP) if context is not None else first.plan.stack
+        machine.cpu.write(engine.SP, (stack - FRAME) & -16)
+        machine.cpu["SP_EL0"] = first.plan.task
+        self._add_preempt_count(SOFTIRQ_OFFSET)
+
+    @cached_property
+    def _preempt_count(self) -> int:
+        first = self.machines[0]
+        return first.translate(first.plan.task + first.types.btf.offset("task_struct", "thread_info.preempt_count")).pa
+
+    def _add_preempt_count(self, count: int) -> None:
+        pa = self._preempt_count
+        value = int.from_bytes(self.memory.read(pa, 4), "little") + count
+        self.memory.write(pa, (value & 0xFFFF_FFFF).to_bytes(4, "little"))
+        self._written(pa, 4, 0)
+
+
+SOFTIRQ_OFFSET = 1 << 8  # include/linux/preempt.h
+FRAME = 0x200  # bytes of the stack that the exception's frame takes; struct pt_regs is smaller
+
+
+def _with(values: tuple[Any, ...], i: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:i], value, *values[i + 1 :])
