@@ -69,7 +69,7 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
 @click.option("--snapshot", "snapshot", metavar="FILE", help="A booted kernel (`pgtable snapshot boot`) instead.")
 @_SYMBOLS
 @click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
-@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of wall clock.")
+@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of CPU time.")
 @click.option("--save", metavar="FILE", help="With --snapshot: keep what the calls left as a new snapshot.")
 @_JSON
 @click.pass_context

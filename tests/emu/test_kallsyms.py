@@ -214,9 +214,9 @@ def test_the_symbols_of_a_real_kernel_are_read_in_under_a_second(name: str) -> N
     image = np.fromfile(kernel_path(name), np.uint8)
     times = []
     for _ in range(3):  # the best of three: the machine may be busy with other tests
-        start = time.perf_counter()
+        start = time.process_time()
         table, _, _ = located(image)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     print(f"{name}: {len(table)} symbols in {min(times):.2f} s")
     assert min(times) < 1
     assert len(table) > 40_000
@@ -246,11 +246,11 @@ def judged_symbols(path: Path, elf_path: Path) -> Counter[tuple[str, int]]:
 def test_vmlinux_to_elf_reads_the_same_names_and_addresses(name: str, tmp_path: Path) -> None:
     path = kernel_path(name)
     judge()
-    start = time.perf_counter()
+    start = time.process_time()
     theirs = judged_symbols(path, tmp_path / "vmlinux")
-    middle = time.perf_counter()
+    middle = time.process_time()
     table, base, addresses = located(np.fromfile(path, np.uint8))
-    end = time.perf_counter()
+    end = time.process_time()
     ours = Counter(zip(table.names, addresses, strict=True))
     # Without a relative base (7.x) the judge takes the header's image_size for the link address; ours is judged by
     # what runs there (facts 0.2) and by the pointers in the image.

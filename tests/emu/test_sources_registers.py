@@ -131,7 +131,7 @@ def test_register_files_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\0\1\2")
     with pytest.raises(SourceError, match="no text"):
         read_registers(tmp_path / "binary")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SourceError, match="no text"):
         read_registers("/dev/zero")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -340,9 +340,9 @@ def test_ten_thousand_runs_take_less_than_a_second(rng: random.Random) -> None:
         made.upper.place(ALIAS + i * PAGE, 3, (RAM + rng.randrange(1 << 13) * PAGE) | 0x703 | rng.getrandbits(2) << 53)
     found = listing(made.memory, made.regs)
     assert len(found.runs.va) > 9000
-    start = time.perf_counter()
+    start = time.process_time()
     audit(found, made.memory)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # garbage
@@ -362,12 +362,12 @@ def test_garbage_is_judged_in_time(seed: int) -> None:
             pa = rng.choice(pages) + 8 * rng.randrange(512)
             word = rng.choice((rng.getrandbits(64), rng.getrandbits(64) | 3, rng.choice(pages) | 3))
             made.memory.store(pa, word)
-        start = time.perf_counter()
+        start = time.process_time()
         verdicts = audit(listing(made.memory, made.regs, regime=regime), made.memory)
         for verdict in verdicts:
             assert len(list(verdict.places)) == len(verdict.places)
             assert (verdict.status in (Status.FAIL, Status.INFO)) == bool(len(verdict.places))
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 def test_a_table_that_is_nothing_but_itself() -> None:
@@ -375,8 +375,8 @@ def test_a_table_that_is_nothing_but_itself() -> None:
     memory = PhysicalMemory((ROOT, 0x10000))
     memory.words(ROOT, 512)[:] = table(ROOT)
     found = listing(memory, made.regs)
-    start = time.perf_counter()
+    start = time.process_time()
     verdicts = audit(found, memory)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert "structure" in failed(verdicts)
     assert np.all(found.runs.size > 0)

@@ -79,9 +79,9 @@ def test_a_table_that_is_nothing_but_itself_is_listed_in_part_and_says_so(granul
     made = tree(granule=granule, ia=48 if granule != "16K" else 47, va=0)
     memory = physical({})
     memory.words(ROOT, 1 << STRIDE[granule])[:] = table(ROOT)
-    start = time.perf_counter()
+    start = time.process_time()
     found = listing(memory, made.regs)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     kinds = {finding.kind for finding in found.findings}
     assert {"loop", "not listed"} <= kinds
     assert not found.complete
