@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emu.cli import CommandError, examples
-from emu.cli_run import bad_input, load_image
+from emu.cli_run import _KERNEL, _SYMBOLS, bad_input, load_image
 
 if TYPE_CHECKING:
     from emu.callers import Callers, Site
@@ -22,10 +22,8 @@ _WIDE = 300  # columns where no terminal sets a limit: in a pipe nothing is fold
 
 @click.command(epilog=examples("pgtable callers set_memory_valid --kernel debian:7.3"))
 @click.argument("function")
-@click.option("--kernel", "source", required=True, metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR].")
-@click.option(
-    "--symbols", type=click.Path(), help="ELF, System.map or kallsyms text to use in place of the image's symbols."
-)
+@_KERNEL
+@_SYMBOLS
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema pgtable.callers/1.")
 def callers(function: str, source: str, symbols: str | None, as_json: bool) -> None:
     """Who calls FUNCTION, a symbol or a link-time address, in the compiled kernel: calls, tail calls, and every place

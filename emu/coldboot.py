@@ -125,6 +125,24 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class PlacedPlan(Plan):
+    """A plan whose stack ends at `top` and whose task is `current`: of a booted kernel, or of a further CPU."""
+
+    top: int = 0
+    current: int = 0
+
+    @property
+    def stack(self) -> int:
+        """The initial stack pointer: below it the stack is free."""
+        return self.top
+
+    @property
+    def task(self) -> int:
+        """The task that SP_EL0 points at."""
+        return self.current
+
+
+@dataclass(frozen=True)
 class Protections:
     """Linux's leaf attributes for kernel memory, as templates (arch/arm64/include/asm/pgtable-prot.h)."""
 

@@ -14,10 +14,10 @@ same on all; per-CPU data that a real second CPU would have for itself (page lis
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from emu import coldboot, engine
-from emu.coldboot import Plan, SetUp
+from emu.coldboot import PlacedPlan, Plan, SetUp
 from emu.machine import Machine
 from emu.warm import WarmMachine, WarmPlan
 
@@ -28,24 +28,6 @@ GFP_KERNEL_ZERO = 0xDC0
 # Load/store exclusive (Arm ARM C4.1.94): bits [29:24] = 001000; o2 (bit 23) and, for a store, L (bit 22) are 0.
 _EXCLUSIVE_MASK, _STORE_EXCLUSIVE = 0x3FC0_0000, 0x0800_0000
 _PAIR_OF_CAS = 1 << 21, 0x8000_0000  # o1 without the 64-bit size: CASP, not STXP
-
-
-@dataclass(frozen=True)
-class CpuPlan(Plan):
-    """The plan of a CPU that is not the first: `top` of its stack and its `current` task."""
-
-    top: int = 0
-    current: int = 0
-
-    @property
-    def stack(self) -> int:
-        """The initial stack pointer."""
-        return self.top
-
-    @property
-    def task(self) -> int:
-        """The task that SP_EL0 points at."""
-        return self.current
 
 
 def more_cpus(first: Machine, count: int = 1) -> tuple[Machine, ...]:
@@ -79,7 +61,7 @@ def _cold(first: Machine, added: list[Machine]) -> Machine:
         raise MemoryError(f"{number + 1} CPUs: the window of a cold machine has room for {MOST_COLD + 1}")
     end = first.plan.window + (coldboot.WINDOW_PAGES - (number - 1) * (STACK_PAGES + TASK_PAGES)) * page
     own = {f.name: getattr(first.plan, f.name) for f in fields(Plan)}
-    plan = CpuPlan(**own, top=end - TASK_PAGES * page, current=end - TASK_PAGES * page)
+    plan = PlacedPlan(**own, top=end - TASK_PAGES * page, current=end - TASK_PAGES * page)
     features = first.mmu.features if first.mmu else None
     machine = Machine(_shared(first, plan), first.image, features=features)
     machine._struct_pages = first._struct_pages

@@ -15,7 +15,7 @@ from pgtable.faults import FaultType, fault_code
 from pgtable.findings import size_text
 from pgtable.listing import Listing, Runs
 from pgtable.params import WalkParams
-from pgtable.permissions import PR, PW, PX, UR, UW, UX
+from pgtable.permissions import letters
 from pgtable.registers import FSC
 
 __all__ = ["RowText", "fault_text", "flags_text", "kind_text", "memory_text", "rights_text", "size_text"]
@@ -27,7 +27,7 @@ _SHOWN = ("VALID", "TYPE", "OA", "AttrIndx", "AP", "SH", "UXN", "PXN", "XN", "AF
 
 def rights_text(perms: int, el0: bool) -> str:
     """`rw- ---`: of the regime's EL, and of EL0 where it has one."""
-    text = "".join(c if perms & bit else "-" for c, bit in zip("rwxrwx", (PR, PW, PX, UR, UW, UX), strict=True))
+    text = letters(perms)
     return f"{text[:3]} {text[3:]}" if el0 else text[:3]
 
 

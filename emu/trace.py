@@ -1,17 +1,13 @@
 """What a run did to the MMU: TLB maintenance, barriers and table writes, by name and in order.
 
-Encodings: Arm ARM C5.5 (TLBI), C6.2 (DSB, DMB, ISB).
+Encodings: pgtable.tlbi (TLBI), Arm ARM C6.2 (DSB, DMB, ISB).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# TLBI operations of EL1 by (op1, CRm, op2) in the 0b1000 space of CRn; CRm picks the shareability domain.
-_EL1_BY_OP2 = {0: "VMALLE1", 1: "VAE1", 2: "ASIDE1", 3: "VAAE1", 5: "VALE1", 7: "VAALE1"}
-_EL1_RANGE_BY_OP2 = {1: "RVAE1", 3: "RVAAE1", 5: "RVALE1", 7: "RVAALE1"}
-_DOMAIN = {1: "OS", 3: "IS", 7: ""}
-_RANGE_DOMAIN = {5: "OS", 2: "IS", 6: ""}
+from pgtable.tlbi import BY_ENCODING
 
 _BARRIER_OPTIONS = {
     1: "oshld", 2: "oshst", 3: "osh", 5: "nshld", 6: "nshst", 7: "nsh",
@@ -68,16 +64,14 @@ Event = Maintenance | Barrier | TableWrite
 
 
 def tlbi_name(op1: int, crn: int, crm: int, op2: int) -> str | None:
-    """The TLBI operation, `VAALE1IS`, with `NXS` for the XS variants; None for another SYS instruction."""
+    """The TLBI operation of EL1, `VAALE1IS`, with `NXS` for the XS variants; None for another SYS instruction.
+
+    Operations that EL1 has not are `TLBI_`, their encoding and `NXS`.
+    """
     if crn not in (8, 9):
         return None
-    xs = "NXS" if crn == 9 else ""
-    if op1 == 0:
-        if crm in _DOMAIN and op2 in _EL1_BY_OP2:
-            return _EL1_BY_OP2[op2] + _DOMAIN[crm] + xs
-        if crm in _RANGE_DOMAIN and op2 in _EL1_RANGE_BY_OP2:
-            return _EL1_RANGE_BY_OP2[op2] + _RANGE_DOMAIN[crm] + xs
-    return f"TLBI_{op1}_{crm}_{op2}{xs}"
+    known = BY_ENCODING.get((op1, crn, crm, op2)) if op1 == 0 else None
+    return known.name.upper() if known else f"TLBI_{op1}_{crm}_{op2}{'NXS' if crn == 9 else ''}"
 
 
 def barrier_name(word: int) -> str | None:

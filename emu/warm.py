@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from emu import coldboot, engine
-from emu.coldboot import Plan, SetUp
+from emu.coldboot import PlacedPlan, SetUp
 from emu.engine import Ended, SystemInstruction
 from emu.exceptions import Stop
 from emu.machine import TIMEOUT, CallResult, Machine, State
@@ -57,22 +57,10 @@ _ENDS = {
 
 
 @dataclass(frozen=True)
-class WarmPlan(Plan):
-    """Where things are in a booted kernel: `top` of the free stack, the `current` task, the way `back`."""
+class WarmPlan(PlacedPlan):
+    """Where things are in a booted kernel; `back`: where a called function returns to."""
 
-    top: int = 0
-    current: int = 0
     back: int = 0
-
-    @property
-    def stack(self) -> int:
-        """Below it the stack is free."""
-        return self.top
-
-    @property
-    def task(self) -> int:
-        """The task that runs."""
-        return self.current
 
     @property
     def landing(self) -> int:

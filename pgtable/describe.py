@@ -23,7 +23,7 @@ from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.figure import text
 from pgtable.findings import Finding, check_level, descriptor_findings, guess_level, size_text
 from pgtable.params import RANGE_BIT, Regime, WalkParams
-from pgtable.permissions import ALL, PR, PW, PX, UR, UW, UX
+from pgtable.permissions import ALL, PR, PW, PX, UR, UW, UX, letters
 from pgtable.registers import SH, TCR_EL1, TCR_EL2, TCR_EL3, VTCR_EL2, Registers
 from pgtable.walk import _attr_index, leaf_permissions
 
@@ -203,11 +203,10 @@ def _rights(word: int, p: WalkParams, inherited: int) -> dict[str, str]:
 
 
 def _by_level(perms: int, regime: Regime) -> dict[str, str]:
-    shown = "".join(letter if perms & bit else "-" for letter, bit in zip("rwxrwx", _ORDER, strict=True))
+    shown = letters(perms)
     return {f"EL{regime.el}": shown[:3]} | ({"EL0": shown[3:]} if regime.has_el0 else {})
 
 
-_ORDER = (PR, PW, PX, UR, UW, UX)
 _S2_EXECUTE = {0: "xx", 1: "-x", 2: "--", 3: "x-"}  # XN[1:0]: EL1, EL0
 
 

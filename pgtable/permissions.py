@@ -26,6 +26,12 @@ ALL = PRIVILEGED | UNPRIVILEGED
 TO_UNPRIVILEGED = 4  # PR << 4 is UR, and so on
 
 
+def letters(perms: int) -> str:
+    """Six letters or dashes: `rwx` of the privileged level, then of EL0."""
+    order = (PR, PW, PX, UR, UW, UX)
+    return "".join(letter if perms & bit else "-" for letter, bit in zip("rwxrwx", order, strict=True))
+
+
 class RuleTable:
     """A table of permission sets, indexed by an int (gives int) or an integer array (gives uint16)."""
 

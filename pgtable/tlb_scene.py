@@ -18,7 +18,7 @@ from pgtable.descriptors import LAST_LEVEL, Granule, Kind
 from pgtable.features import CPUS
 from pgtable.memory import NoMemory
 from pgtable.params import Regime, WalkParams
-from pgtable.registers import TCR_EL1, TCR_EL2, TTBR, Registers
+from pgtable.registers import HCR_EL2, SCTLR_EL1, TCR_EL1, TCR_EL2, TTBR, Registers
 from pgtable.tlb_events import Dsb, Event, Isb, SysregWrite, TableFree, TableReuse, Tlbi, Use, Write
 from pgtable.tlbi import Invalidation
 
@@ -46,7 +46,7 @@ class Scene(NamedTuple):
     def registers_set(self) -> Registers:
         """The registers of every CPU at the beginning."""
         upper = self.upper and self.regime.has_el0
-        values = {f"MAIR_EL{self.regime.el}": MAIR, f"SCTLR_EL{self.regime.el}": 0x1005}
+        values = {f"MAIR_EL{self.regime.el}": MAIR, f"SCTLR_EL{self.regime.el}": SCTLR_EL1.pack(M=1, C=1, I=1)}
         ttbr = TTBR.pack(ASID=self.asid) if self.regime.has_el0 else 0
         size = 64 - self.va_bits
         if self.regime.has_el0:
@@ -64,7 +64,7 @@ class Scene(NamedTuple):
         if upper:
             values[f"TTBR1_EL{el}"] = self.root
         if self.regime is Regime.EL20:
-            values["HCR_EL2"] = 1 << 34 | 1 << 27
+            values["HCR_EL2"] = HCR_EL2.pack(E2H=1, TGE=1)
         features = CPUS["max"].replace(bbm=self.bbm)
         return Registers(features, **{**values, **dict(self.registers)})
 

@@ -15,7 +15,7 @@ from enum import Enum, IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
-from pgtable.bits import Field, Layout, bits, res0
+from pgtable.bits import Layout, bits, res0
 from pgtable.descriptors import Granule
 from pgtable.params import Regime
 
@@ -155,20 +155,19 @@ _ASID = bits("ASID", 63, 48, "address space identifier")
 _TTL = bits("TTL", 47, 44, "granule and level of the leaf entry")
 
 
-def _range_rows() -> tuple[Field, ...]:
-    return (
+BY_VA = Layout("TLBI by VA", (_ASID, _TTL, bits("VA", 43, 0, "VA[55:12]")))
+BY_IPA = Layout("TLBI by IPA", (bits("NS", 63), res0(62, 48), _TTL, res0(43, 40), bits("IPA", 39, 0, "IPA[51:12]")))
+BY_RANGE = Layout(
+    "TLBI by range of addresses",
+    (
+        _ASID,
         bits("TG", 47, 46, "granule", {0: "reserved", 1: "4K", 2: "16K", 3: "64K"}),
         bits("SCALE", 45, 44, "exponent of the size"),
         bits("NUM", 43, 39, "multiplier of the size"),
         bits("TTL", 38, 37, "level of the leaf entries, 0 for any"),
         bits("BaseADDR", 36, 0, "first address, in granules (64 KiB with 52-bit addresses)"),
-    )
-
-
-BY_VA = Layout("TLBI by VA", (_ASID, _TTL, bits("VA", 43, 0, "VA[55:12]")))
-BY_IPA = Layout("TLBI by IPA", (bits("NS", 63), res0(62, 48), _TTL, res0(43, 40), bits("IPA", 39, 0, "IPA[51:12]")))
-BY_VA_RANGE = Layout("TLBI by range of VAs", (_ASID, *_range_rows()))
-BY_IPA_RANGE = Layout("TLBI by range of IPAs", (bits("NS", 63), res0(62, 48), *_range_rows()))
+    ),
+)
 _TG = {1: Granule.K4, 2: Granule.K16, 3: Granule.K64}
 TG_OF = {granule: tg for tg, granule in _TG.items()}
 
@@ -282,7 +281,7 @@ def _reserved_level(granule: Granule, level: int, lpa2: bool) -> bool:
 
 
 def _range(ipa: bool, operand: int, ds: bool, lpa2: bool) -> _Extent:
-    f = BY_VA_RANGE
+    f = BY_RANGE
     granule, ttl = _TG.get(f["TG"].get(operand)), f["TTL"].get(operand)
     if granule is None:
         return 0, 0, None, None, "TG = 0 is reserved"
@@ -371,6 +370,6 @@ def range_operand(
         count, rest = divmod(pages, 1 << 5 * scale + 1)
         if not rest and 1 <= count <= 32:
             unit = WIDE_UNIT if ds else granule.page_shift
-            base = address >> unit & BY_VA_RANGE["BaseADDR"].value_mask
-            return BY_VA_RANGE.pack(ASID=asid, TG=TG_OF[granule], SCALE=scale, NUM=count - 1, TTL=ttl, BaseADDR=base)
+            base = address >> unit & BY_RANGE["BaseADDR"].value_mask
+            return BY_RANGE.pack(ASID=asid, TG=TG_OF[granule], SCALE=scale, NUM=count - 1, TTL=ttl, BaseADDR=base)
     raise ValueError(f"{pages} pages: no range operation has exactly this size")

@@ -18,7 +18,7 @@ from pgtable.bits import Field
 from pgtable.descriptors import Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.params import Regime, WalkParams
-from pgtable.permissions import PR, PW, PX, UR, UW, UX, RuleTable, direct_rules
+from pgtable.permissions import RuleTable, direct_rules, letters
 from pgtable.registers import SH
 from pgtable.walk import Step, Translation, Walk, walk
 
@@ -174,7 +174,7 @@ def _register_bits(found: Walk) -> Iterator[Decider]:
 
 def rights(perms: int, regime: Regime) -> str:
     """Permission bits by exception level: `EL1 rw- EL0 ---`."""
-    text = "".join(c if perms & bit else "-" for c, bit in zip("rwxrwx", (PR, PW, PX, UR, UW, UX), strict=True))
+    text = letters(perms)
     return f"EL{regime.el} {text[:3]}" + (f" EL0 {text[3:]}" if regime.has_el0 else "")
 
 

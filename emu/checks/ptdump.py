@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 TREE_POOL = 64 * MIB  # bytes for the tables of a tree
 BUFFER = 8 * MIB  # bytes for a text
-SCRATCH = MIB  # bytes for the structures that are handed over
+AREA = 0x20000  # bytes for the structures that are handed over
+SCRATCH = MIB  # from them to the text
 TIMEOUT = 120.0  # seconds that a dump may take
 
 ENDLESS, CLEARED = "a run of PTEs that never fits", "a bad entry cleared"
@@ -251,25 +252,9 @@ class Bench:
 
     def _hand_over(self, case: Case, mm: int) -> tuple[int, int]:
         """A seq_file and a ptdump_info in guest memory: their VAs."""
-        seq, info = self._va(0), self._va(0x1000)
-        self._store(seq, "seq_file", buf=self._va(SCRATCH), size=BUFFER, count=0)
-        table = self.marker_table
-        if case.markers or not table:
-            table = self._write_markers(case.markers or self.markers)
-        self._store(info, "ptdump_info", mm=mm, markers=table, base_addr=case.base)
-        return seq, info
-
-    def _store(self, va: int, struct: str, **members: int) -> None:
-        for name, value in members.items():
-            self.machine.write(va + self._offset(struct, name), value.to_bytes(8, "little"))
-
-    def _write_markers(self, markers: Sequence[AddrMarker]) -> int:
-        table, names = self._va(0x8000), self._va(0x10000)
-        for i, marker in enumerate(markers):
-            at, name = table + i * self.image.btf.size("addr_marker"), names + i * 64
-            self.machine.write(name, marker.name.encode() + b"\0")
-            self._store(at, "addr_marker", start_address=marker.start_address, name=name if marker.name else 0)
-        return table
+        markers = case.markers or self.marker_table or self.markers
+        buffer = self._va(SCRATCH), BUFFER
+        return hand_over(self.machine, self._va(0), buffer, mm=mm, base=case.base, markers=markers)
 
     def _real_wx(self, blocks: int | None) -> tuple[WxCount | None, str]:
         """ptdump_check_wx(), by what it prints, warns of, and returns where it does."""
@@ -290,6 +275,32 @@ class Bench:
         if returns and result.value & 1 != int(not any(counts)):
             return f"verdict {result.value & 1} for counts {counts}"
         return ""
+
+
+def hand_over(
+    machine: Machine, area: int, buffer: tuple[int, int], *, mm: int, base: int, markers: int | Sequence[AddrMarker]
+) -> tuple[int, int]:
+    """What ptdump_walk() takes, in the AREA bytes at the VA `area`: the VAs of a seq_file and of a ptdump_info.
+
+    `buffer`: VA and bytes of the text. `markers`: the VA of a kernel's own table, or rows that are put there.
+    """
+    seq, info, table, names = area, area + 0x1000, area + 0x8000, area + 0x10000
+    assert machine.image
+    btf = machine.image.btf
+
+    def store(va: int, struct: str, **members: int) -> None:
+        for name, value in members.items():
+            machine.write(va + btf.offset(struct, name), value.to_bytes(8, "little"))
+
+    rows = () if isinstance(markers, int) else markers
+    for i, marker in enumerate(rows):
+        name = names + i * 64 if marker.name else 0
+        machine.write(names + i * 64, marker.name.encode() + b"\0")
+        row = table + i * btf.size("addr_marker")
+        store(row, "addr_marker", start_address=marker.start_address, name=name)
+    store(seq, "seq_file", buf=buffer[0], size=buffer[1], count=0)
+    store(info, "ptdump_info", mm=mm, markers=markers if isinstance(markers, int) else table, base_addr=base)
+    return seq, info
 
 
 def blocks_of(kernel: Kernel, notes: Sequence[Line | AddrMarker]) -> int:

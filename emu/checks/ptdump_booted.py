@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emu.checks.ptdump import MESSAGES, TIMEOUT, Dump, blocks_of, compare, stopped
+from emu.checks.ptdump import AREA, MESSAGES, TIMEOUT, Dump, blocks_of, compare, hand_over, stopped
 from emu.linux_dump import LinuxTables, marker_table
 from emu.machine import CallResult
 from emu.snapshot import Snapshot
@@ -39,7 +39,6 @@ from pgtable.leaves import halves, leaves, tables
 MIB = 1 << 20
 GFP_KERNEL = 0xCC0  # include/linux/gfp_types.h: may reclaim, do I/O and call file systems
 BUFFER = 1 * MIB  # bytes for a text
-AREA = 0x10000  # bytes for the structures that are handed over
 
 _CHECKED = re.compile(r"Checked W\+X mappings: (?:passed|FAILED, (\d+) W\+X pages found, (\d+) non-UXN pages found)")
 # Two forms of one address, the first hashed: 0x and digits, or a symbol and how far behind it.
@@ -107,32 +106,22 @@ class Theirs:
     def __init__(self, snapshot: Snapshot, markers: tuple[AddrMarker, ...]) -> None:
         self.machine: WarmMachine = snapshot.machine(mmu="model" if snapshot.lpa2 else "cpu")
         self.btf = snapshot.image.btf
-        self.seq = self._pages(AREA + BUFFER)
-        self.info, self.buffer = self.seq + 0x1000, self.seq + AREA
-        self._store(self.seq, "seq_file", buf=self.buffer, size=BUFFER, count=0)
-        table = marker_table(snapshot.image) or self._markers(markers)
-        base = _upper(snapshot).half_base
-        self._store(self.info, "ptdump_info", mm=self.machine.symbol("init_mm"), markers=table, base_addr=base)
+        area = self._pages(AREA + BUFFER)
+        self.buffer = area + AREA
+        self.seq, self.info = hand_over(
+            self.machine,
+            area,
+            (self.buffer, BUFFER),
+            mm=self.machine.symbol("init_mm"),
+            base=_upper(snapshot).half_base,
+            markers=marker_table(snapshot.image) or markers,
+        )
         self._onto_copy(snapshot)
         self.state = self.machine.save()
 
     def _pages(self, size: int) -> int:
         """Pages of the kernel's own, in its linear map: giving them out changes no table."""
         return self.machine.call("alloc_pages_exact", size, GFP_KERNEL, record="nothing").ok().value
-
-    def _store(self, va: int, struct: str, **members: int) -> None:
-        for name, value in members.items():
-            self.machine.write(va + self.btf.offset(struct, name), value.to_bytes(8, "little"))
-
-    def _markers(self, markers: tuple[AddrMarker, ...]) -> int:
-        table, names = self.seq + 0x2000, self.seq + 0x4000
-        for i, marker in enumerate(markers):
-            self.machine.write(names + i * 64, marker.name.encode() + b"\0")
-            name = names + i * 64 if marker.name else 0
-            self._store(
-                table + i * self.btf.size("addr_marker"), "addr_marker", start_address=marker.start_address, name=name
-            )
-        return table
 
     def _onto_copy(self, snapshot: Snapshot) -> None:
         """The CPU's TTBR1_EL1 points to a copy of the tables; init_mm.pgd stays where it was."""
