@@ -1,7 +1,8 @@
 """The listing against a plain C walker on the same buffer: `python -m benchmarks.listing [--json]`; needs cc.
 
 Each round runs both, in turn; medians and their ratio. The C walker is the obvious one: four nested loops, a run that
-grows while VA, PA and attributes go on. It is compiled into a temporary folder.
+grows while VA, PA and attributes go on. It is compiled into a temporary folder. With `--gdb-pt-dump FOLDER`, a
+checkout of that project, its parser is given the first tree once (it takes seconds), through a Machine of its kind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import numpy as np
 from pgtable import PhysicalMemory, Registers
 from pgtable.build import TableBuilder
 from pgtable.listing import listing
+from pgtable.memory import NoMemory
 
 RAM = 0x4000_0000
 VA = 0xFFFF_0000_0000_0000
@@ -98,6 +101,32 @@ def measured(size: int, run: int, c: ctypes.CDLL) -> dict[str, float]:
     return {"c_ms": c_ms, "ours_ms": ours_ms, "ratio": ours_ms / c_ms, "rows": count}
 
 
+def gdb_pt_dump(folder: str, size: int) -> dict[str, float]:
+    """Milliseconds of gdb-pt-dump's parser for the linear tree."""
+    sys.path.insert(0, folder)
+    from pt.machine import Machine
+    from pt.pt_aarch64_parse import PT_Aarch64_Backend
+
+    memory, tables = tree(size, 0)
+    regs = {"TTBR0_EL1": 0, "TTBR1_EL1": tables.root, "TCR_EL1": 0x5_B510_3510}
+
+    class Buffer(Machine):  # type: ignore[misc]
+        def read_register(self, name: str) -> int:
+            return regs[name.replace("$", "")]
+
+        def read_physical_memory(self, physical_address: int, length: int) -> bytes:
+            try:
+                return bytes(memory.read(physical_address, length))
+            except NoMemory:
+                return bytes(length)
+
+    parser = PT_Aarch64_Backend(Buffer())
+    options = argparse.Namespace(phys_verbose=False, ttbr0_el1=None, ttbr1_el1=None, save=False)
+    found: list[object] = []
+    taken = _milliseconds(lambda: found.extend(parser.parse_tables({}, options)))
+    return {"gdb_pt_dump_ms": taken, "gdb_pt_dump_rows": len(found)}
+
+
 def _milliseconds(do: Callable[[], object]) -> float:
     start = time.perf_counter()
     do()
@@ -118,17 +147,23 @@ def main() -> None:
     """Prints a line for each shape, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=int, default=4, help="bytes mapped, in GiB")
+    parser.add_argument("--gdb-pt-dump", metavar="FOLDER", help="a checkout of gdb-pt-dump, timed too")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         c = compiled(folder)
         found = {name: measured(given.gib << 30, run, c) for name, run in SHAPES}
+    if given.gdb_pt_dump:
+        found["linear"] |= gdb_pt_dump(given.gdb_pt_dump, given.gib << 30)
     if given.json:
         print(json.dumps(found, indent=1))
         return
     for name, row in found.items():
         times = f"C {row['c_ms']:7.2f} ms   ours {row['ours_ms']:7.2f} ms   ratio {row['ratio']:6.2f}"
         print(f"{name:18} {times}   {row['rows']} rows")
+        if "gdb_pt_dump_ms" in row:
+            times = f"{row['gdb_pt_dump_ms']:.0f} ms, {row['gdb_pt_dump_ms'] / row['ours_ms']:.0f} times ours"
+            print(f"{'  gdb-pt-dump':18} {times}   {row['gdb_pt_dump_rows']:.0f} rows")
 
 
 if __name__ == "__main__":
