@@ -47,6 +47,9 @@ def more_cpus(first: Machine, count: int = 1) -> tuple[Machine, ...]:
     for machine in everyone:
         machine.first = first.first
         machine.siblings = [other for other in everyone if other is not machine]
+    if first.trace:
+        for machine in added:
+            machine.trace = first.trace.also(machine)
     return tuple(added)
 
 

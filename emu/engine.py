@@ -211,12 +211,12 @@ class Cpu:
 
         self.uc.hook_add(uc_const.UC_HOOK_INSN, hook, None, 1, 0, arm64.UC_ARM64_INS_SYS)
 
-    def on_msr(self, callback: Callable[[SystemInstruction], bool]) -> None:
-        """`callback(instruction)` before every MSR of a register; True skips it. Unicorn hears only the first."""
+    def on_msr(self, callback: Callable[[SystemInstruction, int], bool]) -> None:
+        """`callback(instruction, value)` before every MSR; True skips it. Unicorn hears the first only."""
 
         def hook(uc: Any, register: int, cp: Any, _: Any) -> int:
             try:
-                return int(callback(SystemInstruction(cp.op0, cp.op1, cp.crn, cp.crm, cp.op2, 31)))
+                return int(callback(SystemInstruction(cp.op0, cp.op1, cp.crn, cp.crm, cp.op2, 31), int(cp.val)))
             except BaseException as error:
                 self._fail(error)
                 return 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from emu import coldboot, engine
 from emu.changes import Changes
@@ -25,9 +25,11 @@ from emu.image import KernelImage
 from emu.mmu import LATER, ModelMmu
 from emu.order import OrderRecorder
 from emu.trace import Barrier, Event, Maintenance, tlbi_name
+from emu.tracing import Tap, Trace
 from emu.types import Types
 from pgtable import CPUS, Access, AccessType, Features, Granule, NoMemory, PhysicalMemory, Registers, Walk, translate
 from pgtable.memory import PAGE, Mark, Pages
+from pgtable.tlb_events import Finding
 
 _U64 = (1 << 64) - 1
 BRK_WARN = 0xD4210000  # brk #0x800 (arch/arm64/include/asm/brk-imm.h, BUG_BRK_IMM)
@@ -56,7 +58,8 @@ class CallResult:
 
     `changes`: descriptors that differ, from a comparison. `maintenance`: TLBI in order. `events`: with
     record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30,
-    () with record="events" or "nothing". `printed`: the messages of printk(), of a booted kernel.
+    () with record="events" or "nothing". `printed`: the messages of printk(), of a booted kernel. `findings`: of a
+    traced machine (emu.tracing).
     """
 
     value: int
@@ -67,6 +70,7 @@ class CallResult:
     events: tuple[Event, ...] | None = None
     x: tuple[int, ...] = ()
     printed: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def signed(self) -> int:
@@ -139,6 +143,7 @@ class Machine:
         self._order = OrderRecorder(self.cpu, self.read)
         self._on_warn: Callable[[object], None] | None = None
         self._known: Mark | None = None  # table words when the guest last ran
+        self.trace: Tap | None = None
         self.siblings: list[Machine] = []  # other CPUs on this memory (emu.cpus)
         self.first: Machine = self  # the one of them whose page pool is theirs
         self._pages_given = 0
@@ -158,12 +163,14 @@ class Machine:
         mmu: str = "cpu",
         cpu: str | None = None,
         vectors: bool | None = None,
+        trace: Trace | None = None,
     ) -> Machine:
         """A machine with a kernel in memory and nothing run; see emu.coldboot. `ng`: arm64_use_ng_mappings is 1.
 
         `mmu`: "cpu" is Unicorn's own MMU; "model" is pgtable's walk, with the features of `cpu` (a name in
         pgtable.CPUS, default "max"), for LPA2 (`va_bits=52`), hardware AF and dirty state, PIE. It also takes
         exceptions to VBAR_EL1's vectors: always or never by `vectors`, by default once VBAR_EL1 is set.
+        `trace`: see `attach`.
         Raises BootError, or ImageError for a kernel that cannot be loaded.
         """
         image = KernelImage.load(image) if isinstance(image, str) else image
@@ -174,7 +181,8 @@ class Machine:
         made = cold.thaw()
         first = _STRUCT_PAGES[cold]
         mapped = made if first is None else coldboot.map_struct_pages(made, first)
-        return cls(mapped, image, features=features, vectors=vectors)
+        machine = cls(mapped, image, features=features, vectors=vectors)
+        return machine.attach(trace)
 
     @classmethod
     def bare(
@@ -186,14 +194,15 @@ class Machine:
         mmu: str = "cpu",
         cpu: str | None = None,
         vectors: bool | None = None,
+        trace: Trace | None = None,
     ) -> Machine:
         """A machine without a kernel, for snippets: RAM, a linear map, a window with a stack; see emu.coldboot.
 
-        `mmu`, `cpu`, `vectors`: see `boot`.
+        `mmu`, `cpu`, `vectors`, `trace`: see `boot`.
         """
         features = _features(mmu, cpu, vectors)
         made = coldboot.bare_template(ram, granule, va_bits, features or coldboot.UNICORN).thaw()
-        return cls(made, features=features, vectors=vectors)
+        return cls(made, features=features, vectors=vectors).attach(trace)
 
     def _start(self, regs: Registers) -> None:
         for name in ("MAIR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1"):
@@ -206,6 +215,26 @@ class Machine:
         self.cpu.on_system(self._system)
         if self.mmu:
             self.cpu.on_refusal(self._refused)
+
+    def attach(self, trace: Trace | None) -> Self:
+        """From now on `trace` is told of every change of tables, TLB maintenance, barrier, register and exception of
+        this machine and of the CPUs that share its memory; once in its life. Returns the machine."""
+        if trace is None:
+            return self
+        if self.trace is not None:
+            raise ValueError("this machine has a trace: make another machine for another one")
+        everyone: list[Machine] = [self, *self.siblings]
+        for machine in everyone:
+            machine.trace = trace.tap(machine)
+        return self
+
+    def follow(self, pa: int, size: int) -> None:
+        """From a hook of a traced run: stores to a page that has become a table are table writes."""
+        self._order.follow(pa, size)
+
+    def on_table_event(self, callback: Callable[[object], None] | None) -> None:
+        """`callback(event)` of emu.trace at once, of runs that record the order."""
+        self._order.on_event = callback
 
     # what the guest sees
 
@@ -358,13 +387,16 @@ class Machine:
         self._now = _Run(home=self.cpu.read(engine.LR))
         if self.mmu:
             self.mmu.begin()
+        moment = self.trace.begin() if self.trace else None
         before = self._mark() if record in ("changes", "order") else None
         if before is None and record == "nothing":
             self._known = None
             self.cpu.flush_tlb()
         budget = _Budget(self.cpu, blocks) if blocks is not None else None
         try:
-            if record in ("order", "events"):
+            if self.trace:
+                ended = self._order.run(pc, until, timeout, self.trace.tables)
+            elif record in ("order", "events"):
                 ended = self._order.run(pc, until, timeout, self._table_ranges(whole=True))
             else:
                 ended = self.cpu.run(pc, until, timeout)
@@ -372,6 +404,8 @@ class Machine:
             if budget:
                 budget.close()
         stop = self._now.stop or self._stop_for(ended, budget)
+        if self.trace:
+            self.trace.end(ended.pc, returned=stop is None)
         return CallResult(
             value=self.cpu.read(engine.X[0]),
             changes=self._changes(before) if before else Changes(_NOTHING, _NOTHING, self.tables.fmt, None),
@@ -380,6 +414,7 @@ class Machine:
             stop=stop,
             events=tuple(self._order.events) if record in ("order", "events") else None,
             x=() if record in ("events", "nothing") else tuple(self.cpu.general()),
+            findings=self.trace.since(moment) if self.trace and moment else (),
         )
 
     def run(
@@ -511,6 +546,8 @@ class Machine:
 
     def _interrupt(self, number: int) -> bool:
         pc = self.cpu.read(engine.PC)
+        if self.trace:
+            self.trace.synchronized(pc, "exception")
         if number == engine.SVC and pc == self._svc_end:
             self._now.ended = True
             return False
@@ -535,6 +572,8 @@ class Machine:
         abort = self.mmu.abort() if self.mmu else None
         if self.mmu is None or abort is None:
             return False
+        if self.trace:
+            self.trace.synchronized(abort.pc, "exception")
         if self.mmu.vectoring:
             self.mmu.take(abort)
             return True

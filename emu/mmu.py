@@ -21,12 +21,13 @@ from emu import engine
 from emu.engine import Cpu, Fill, SystemInstruction
 from emu.exceptions import touches
 from emu.trace import Maintenance, tlbi_name
+from emu.tracing import Tap
 from pgtable import Access, AccessType, Features, Registers, Translation, Walk, translate
 from pgtable.at import ExternalAbort, at
 from pgtable.bits import Layout, bits, res0
 from pgtable.permissions import PR, PW, TO_UNPRIVILEGED
 from pgtable.registers import EC_DATA, EC_FETCH, ESR, SCTLR_EL1
-from pgtable.walk import leaf_permissions
+from pgtable.walk import Swap, leaf_permissions
 
 PSTATE = Layout(
     "SPSR_EL1",
@@ -135,6 +136,7 @@ class ModelMmu:
         self._code: dict[int, int] = {}  # pages that were fetched from, and where they are
         self._large: dict[int, set[int]] = {}  # entries larger than Unicorn's page: size -> VAs
         self._tagged = False
+        self.trace: Tap | None = None
         cpu.on_fill(self._fill)
         cpu.on_msr(self._on_msr)
 
@@ -174,8 +176,10 @@ class ModelMmu:
             regs = self._known[key] = Registers(self.features, **dict(zip(names, key, strict=True)))
         return regs
 
-    def _on_msr(self, _: SystemInstruction) -> bool:
+    def _on_msr(self, instruction: SystemInstruction, value: int) -> bool:
         self._changed = True  # it is written after this
+        if self.trace:
+            self.trace.msr(instruction, value)
         return False
 
     # TLB fills
@@ -186,7 +190,7 @@ class ModelMmu:
         regs, el = self._registers(pstate), PSTATE["EL"].get(pstate)
         unprivileged = el > 0 and kind != engine.FILL_FETCH and self._is_unprivileged()
         access = _access(_KINDS[kind], el, unprivileged)
-        walk = translate(self._memory, regs, page, access, swap=self._swap)
+        walk = self._walk(regs, page, access, self._swap)
         found = walk.result
         if not isinstance(found, Translation) or found.pa not in self._memory:
             self._refused = _Refused(page, access.type)
@@ -196,6 +200,12 @@ class ModelMmu:
             self._code[page] = found.pa
         as_el0 = el == 0 or (unprivileged and not regs.UAO)
         return Fill(found.pa, _RIGHTS[kind] | _rights(walk, found, as_el0=as_el0, pan=bool(regs.PAN)))
+
+    def _walk(self, regs: Registers, va: int, access: Access, swap: Swap | None = None) -> Walk:
+        """What an access does: by the tables, or by the TLB model of a trace that has one."""
+        if self.trace and self.trace.has_tlb:
+            return self.trace.access(regs, va, access, swap)
+        return translate(self._memory, regs, va, access, swap=swap)
 
     def _swap(self, pa: int, old: int, new: int) -> bool:
         """Hardware's update of a descriptor; False if it is not `old` any more."""
@@ -291,6 +301,8 @@ class ModelMmu:
         rt = int(i.Rt)
         if not i.L:
             self[name] = self._general(rt)
+            if self.trace:
+                self.trace.register(name, self[name])
         elif rt < 31:
             self._cpu.write(engine.X[rt], self[name])
         return True
@@ -328,7 +340,7 @@ class ModelMmu:
         """The walk of the first byte in the refused page, as the instruction accesses it."""
 
         def again(va: int, access: Access) -> Walk:
-            return translate(self._memory, regs, va, access)
+            return self._walk(regs, va, access)
 
         if refused.type is AccessType.FETCH:
             return again(pc, Access.fetch(self._el))

@@ -33,6 +33,7 @@ class OrderRecorder:
         self._new: dict[int, str] = {}
         self._running = False
         self._kept: list[int] | None = None
+        self._hooked: list[int] = []  # of the run in progress
         self.events: list[Event] = []
         self.on_event: Callable[[object], None] | None = None
 
@@ -53,7 +54,7 @@ class OrderRecorder:
             finally:
                 self._running = False
         self._sites = {site: name for site in self._sites if (name := self._name_at(site))}
-        hooks = self._hooks(tables)
+        hooks = self._hooked = self._hooks(tables)
         self._cpu.flush_code()
         try:
             return self._run(pc, until, timeout, hooks)
@@ -63,6 +64,10 @@ class OrderRecorder:
                 self._cpu.remove(hook)
             self._cpu.flush_code()
 
+    def follow(self, base: int, size: int) -> None:
+        """From a hook: stores to this range are table writes too, until the run ends."""
+        self._hooked.append(self._cpu.on_write(self._on_write, base, base + size - 1))
+
     def _hooks(self, tables: Ranges) -> list[int]:
         cpu = self._cpu
         hooks = [cpu.on_write(self._on_write, base, base + size - 1) for base, size in tables if size]
@@ -71,9 +76,9 @@ class OrderRecorder:
 
     def _run(self, pc: int, until: int, timeout: float | None, hooks: list[int]) -> Ended:
         """Runs on through the stops at barriers that have no hook yet; theirs are added to `hooks`."""
-        cpu, deadline = self._cpu, None if timeout is None else time.monotonic() + timeout
+        cpu, deadline = self._cpu, None if timeout is None else time.thread_time() + timeout
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline - time.thread_time())
             ended = cpu.run(pc, until, left)
             if not self._new or ended.end is not End.STOPPED:
                 return ended
@@ -113,5 +118,5 @@ class OrderRecorder:
         return True
 
     def _on_write(self, pa: int, size: int, value: int) -> bool:
-        self._add(TableWrite(pa, value & (1 << 8 * size) - 1, self._cpu.read(PC)))
+        self._add(TableWrite(pa, value & (1 << 8 * size) - 1, self._cpu.read(PC), size))
         return True

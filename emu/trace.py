@@ -50,11 +50,12 @@ class Barrier(NamedTuple):
 
 
 class TableWrite(NamedTuple):
-    """A store to a table page, in order."""
+    """A store of `size` bytes to a table page, in order."""
 
     pa: int
     value: int
     pc: int
+    size: int = 8
 
     def __str__(self) -> str:
         return f"[{self.pa:#x}] = {self.value:#018x}"

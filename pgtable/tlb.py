@@ -171,6 +171,13 @@ class TlbModel:
             target = Target(p.regime, 0, None, canonical(va) & -page, page, step[0], False, p.fmt.granule)
             self._judge.note(FREED, cpu, pc, va, Entry(target, (step,), p, va))
 
+    def set_pstate(self, cpu: int, **bits: int) -> None:
+        """PSTATE.PAN and UAO of a CPU: in effect at once, unlike a system register."""
+        for name, value in bits.items():
+            if self._now[cpu][name] != value:
+                self._now[cpu] = _changed(self._now[cpu], name, value)
+                self._next[cpu] = _changed(self._next[cpu], name, value)
+
     # entries
 
     def _vmid(self, cpu: int, regime: Regime) -> int:
@@ -202,9 +209,11 @@ class TlbModel:
         self.insert(cpu, Entry(target, steps, p, va), shared=p.cnp)
 
     def insert(self, cpu: int, entry: Entry, *, shared: bool = False) -> None:
-        """Puts an entry into a CPU's TLB, or into the one that all CPUs share; an equal one stays as it is."""
+        """Puts an entry into a CPU's TLB, or into the one that all CPUs share. An equal one stays as it is, but where a
+        TLBI waits for its completion: that will end the old one, and not one that was fetched since."""
         entry.serial = self._serial + 1
-        if self._stores.insert(SHARED if shared else cpu, entry):
+        waiting = any(self._issued.values()) or any(self._own.values())
+        if self._stores.insert(SHARED if shared else cpu, entry, again=waiting):
             self._serial += 1
 
     def entries(self, cpu: int) -> Iterator[Entry]:
@@ -212,7 +221,7 @@ class TlbModel:
         return self._stores.entries(cpu)
 
     def _holds(self, cpu: int, entry: Entry) -> bool:
-        return any(entry is one for one in self._stores.entries(cpu))
+        return any(entry.key == one.key for one in self._stores.entries(cpu))
 
     # events
 
@@ -365,13 +374,19 @@ class TlbModel:
     def key(self) -> tuple[Any, ...]:
         """Hashable, equal for states in which accesses and maintenance will do the same: no PCs, no history."""
         issued = tuple(
-            (cpu, tuple((one.op.name, one.op.operand, one.hidden) for one in many))
+            (cpu, tuple((one.op.name, one.op.operand, one.hidden, self._younger(one)) for one in many))
             for waiting in (self._issued, self._own)
             for cpu, many in sorted(waiting.items())
         )
         regs = tuple((self._now[cpu], self._next[cpu]) for cpu in self._now)
         hidden = frozenset(self._hidden.items())
         return self._stores.key(), self._judge.key(), issued, regs, hidden, self._unseen.key(), self._freed
+
+    def _younger(self, issued: _Issued) -> frozenset[tuple[int, Any]]:
+        """The entries that a TLBI which is not complete will leave alone."""
+        return frozenset(
+            (cpu, entry.key) for cpu in self._now for entry in self._stores.entries(cpu) if entry.serial > issued.serial
+        )
 
 
 _READ = {el: Access.read(el=el) for el in range(4)}

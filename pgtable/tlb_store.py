@@ -85,13 +85,14 @@ class Stores:
                         found.append(entry)
         return found
 
-    def insert(self, cpu: int, entry: Entry) -> bool:
-        """Puts an entry into a store; False if it has an equal one."""
+    def insert(self, cpu: int, entry: Entry, *, again: bool = False) -> bool:
+        """Puts an entry into a store; False if it has an equal one. `again`: in place of that one."""
         by_va = self._stores[cpu].setdefault(entry.target.size, {})
         there = by_va.get(entry.target.start, ())
-        if any(entry.key == one.key for one in there):
+        others = tuple(one for one in there if one.key != entry.key)
+        if len(others) < len(there) and not again:
             return False
-        by_va[entry.target.start] = (*there, entry)
+        by_va[entry.target.start] = (*others, entry)
         return True
 
     def entries(self, cpu: int) -> Iterator[Entry]:

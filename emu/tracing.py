@@ -1,0 +1,317 @@
+"""A trace of what machines do to translation tables and TLBs, in order, and the verdicts of both checkers on it.
+
+    trace = Trace("trace.jsonl")
+    machine = Machine.boot("debian:7.3", trace=trace)
+    machine.call("set_memory_valid", va, 1, 0).ok()
+    trace.events, trace.findings
+
+Rules of this file:
+- Hooks are on table pages, TLBI, barriers and MSRs of translation registers only; a table that is linked during a
+  run is hooked at once. A traced call costs milliseconds (code is translated anew), an event some 20 us.
+- Break-before-make is judged always; uses of TLB entries where a `Policy` is given and the machine has mmu="model",
+  whose misses are then served by the TLB model. Unicorn's own TLB is dropped at each event, so that every use after an
+  event is seen.
+- What Python changes between runs is taken as done right: entries of before are forgotten.
+- The end of a call is a return: what it left unclean is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from emu import engine
+from emu.engine import SystemInstruction
+from emu.table_events import TableEvents
+from emu.trace import Event as Seen
+from pgtable.access import Access
+from pgtable.bbm import Checker
+from pgtable.memory import Mark
+from pgtable.registers import Registers
+from pgtable.tlb import Policy, TlbModel
+from pgtable.tlb_events import Dsb, Event, Finding, Isb, Return, SysregWrite, Tlbi, Write
+from pgtable.walk import Swap, Walk
+
+if TYPE_CHECKING:
+    from emu.machine import Machine
+
+__all__ = ["Policy", "Trace"]
+
+SCHEMA = "pgtable.trace/1"
+# Whose MSRs are events, by encoding: what translation depends on.
+_REGISTERS = {engine.SYSTEM[name]: name for name in ("SCTLR_EL1", "TTBR0_EL1", "TTBR1_EL1", "TCR_EL1", "MAIR_EL1")}
+
+
+class Moment(NamedTuple):
+    """Where a trace is: how many events and findings it had."""
+
+    events: int
+    findings: int
+
+
+class Trace:
+    """Of one machine and the CPUs that share its memory. `out`: a path or text stream for JSON lines, schema
+    pgtable.trace/1. `policy`: how a TLB behaves; None: no TLB model.
+
+    `events`: as the checkers get them. `findings`: what was wrong, in order. Raises OSError for a path that cannot be
+    written.
+    """
+
+    def __init__(self, out: str | os.PathLike[str] | IO[str] | None = None, *, policy: Policy | None = None) -> None:
+        self.events: list[Event] = []
+        self.findings: list[Finding] = []
+        self.policy = policy
+        self.machines: list[Machine] = []
+        self.stale = False  # Unicorn's TLBs may hold what an event has ended
+        self.tlb: TlbModel | None = None
+        self._close = isinstance(out, (str, os.PathLike))
+        self._out: IO[str] | None = open(out, "w") if isinstance(out, (str, os.PathLike)) else out  # noqa: SIM115
+        self._checkers: list[tuple[bool, Checker]] = []
+        self._tree: TableEvents | None = None
+        self._known: Mark | None = None
+        self._number = 0
+        self._write_line({"schema": SCHEMA})
+
+    # machines
+
+    def tap(self, machine: Machine) -> Tap:
+        """A further CPU on the same memory: sets its hooks. For Machine.attach."""
+        tap = Tap(self, machine, len(self.machines))
+        self.machines.append(machine)
+        self._known = None
+        return tap
+
+    @property
+    def tables(self) -> list[tuple[int, int]]:
+        """The table pages: (PA, bytes)."""
+        assert self._tree
+        return [(pa, self._tree.page) for pa in self._tree.pages]
+
+    def begin(self) -> Moment:
+        """Before a run: what Python has changed since the last one is learned."""
+        first = self.machines[0]
+        if self._tree is not None and self._known is not None:
+            mark = first.memory.mark(self.tables)
+            if not self._known.same_as(mark):
+                self._known = None
+        if self._known is None:
+            self._start()
+        return Moment(len(self.events), len(self.findings))
+
+    def _start(self) -> None:
+        """The checkers anew, on the tables and registers as they are."""
+        first = self.machines[0]
+        registers: list[Registers] = [machine.registers() for machine in self.machines]
+        self._tree = tree = TableEvents(first.memory, registers[0])
+        count = len(self.machines)
+        self._checkers = [
+            (upper, Checker(p, cpus=count, memory=first.memory, registers=registers[0], symbol=first.describe))
+            for upper, p in tree.halves.items()
+        ]
+        model = self.policy is not None and first.mmu is not None
+        self.tlb = (
+            TlbModel(first.memory, registers, cpus=count, policy=self.policy, symbol=first.describe) if model else None
+        )
+        self.stale = True
+
+    def end(self, cpu: int, pc: int, *, returned: bool) -> None:
+        """After a run: `returned` to `pc`, or stopped."""
+        if returned:
+            self.feed(Return(cpu, pc), "return")
+        self._known = self.machines[0].memory.mark(self.tables)
+
+    def since(self, moment: Moment) -> tuple[Finding, ...]:
+        """The findings since `begin`."""
+        return tuple(self.findings[moment.findings :])
+
+    # events
+
+    def saw(self, cpu: int, seen: Seen) -> None:
+        """What a hook saw; a store before memory has it."""
+        assert self._tree
+        event = self._tree.event(cpu, seen)
+        if event is None:
+            self._say(cpu, seen.pc, {"kind": "barrier", "name": str(seen)})
+            return
+        self.feed(event)
+        if isinstance(event, Write):
+            for page in self._tree.linked(event):
+                for machine in self.machines:
+                    machine.follow(page, self._tree.page)
+
+    def register(self, cpu: int, pc: int, name: str, value: int) -> None:
+        """An MSR of a translation register, before it is executed."""
+        self.feed(SysregWrite(cpu, name, value, pc))
+        if name.startswith("TTBR"):
+            assert self._tree
+            for page in self._tree.follow(self.machines[cpu].registers().replace(**{name: value})):
+                for machine in self.machines:
+                    machine.follow(page, self._tree.page)
+
+    def feed(self, event: Event, kind: str = "") -> None:
+        """An event, to both checkers and to the file."""
+        self.events.append(event)
+        self._say(event.cpu, event.pc, self._fields(event, kind))
+        self.stale = True
+        for upper, checker in self._checkers:
+            if not isinstance(event, Write) or event.va is None or bool(event.va >> 55 & 1) == upper:
+                self._take(checker.findings, lambda checker=checker: checker.feed(event))  # type: ignore[misc]
+        if self.tlb:
+            tlb = self.tlb
+            self._take(tlb.findings, lambda: tlb.feed(event))
+
+    def access(self, cpu: int, pc: int, regs: Registers, va: int, access: Access, swap: Swap | None) -> Walk:
+        """An access through the TLB model; `regs` for PSTATE."""
+        tlb = self.tlb
+        assert tlb
+        tlb.set_pstate(cpu, PAN=regs.PAN, UAO=regs.UAO)
+        walk: Walk = self._take(tlb.findings, lambda: tlb.access(cpu, va, access, pc, swap))
+        return walk
+
+    def _take(self, findings: Sequence[Finding], do: Callable[[], Any]) -> Any:
+        """Runs `do`, and notes what it found; the checkers of the two halves say some things twice."""
+        before = len(findings)
+        result = do()
+        for finding in findings[before:]:
+            if finding not in self.findings:
+                self.findings.append(finding)
+                self._say(finding.cpu, finding.pc, {"kind": "finding", **finding_json(finding)})
+        return result
+
+    # the file
+
+    def close(self) -> None:
+        """Closes a file that this trace has opened."""
+        if self._out and self._close:
+            self._out.close()
+            self._out = None
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fields(self, event: Event, kind: str) -> dict[str, Any]:
+        match event:
+            case Write(pa=pa, level=level, va=va, old=old, new=new):
+                return {"kind": "write", "pa": f"{pa:#x}", **self._place(va, level, old, new), **_words(old, new)}
+            case Tlbi(op=op):
+                return {"kind": "tlbi", "operation": op.name, "operand": f"{op.operand:#x}", "reaches": str(op)}
+            case Dsb(domain=domain):
+                return {"kind": "dsb", "domain": domain}
+            case SysregWrite(name=name, value=value):
+                return {"kind": "msr", "register": name, "value": f"{value:#x}"}
+            case _:
+                return {"kind": kind or type(event).__name__.lower()}
+
+    def _place(self, va: int | None, level: int, old: int, new: int) -> dict[str, Any]:
+        """Which descriptor, and which of its fields change."""
+        if va is None or self._tree is None:
+            return {}
+        fmt = self._tree.halves[bool(va >> 55 & 1)].fmt
+        fields = fmt.layout(new if new & 1 else old, level).changed(old, new)
+        size = fmt.granule.level_size(level)
+        where = {"va": f"{va:#018x}", "size": size, "level": level}
+        return {**where, "fields": {name: [f"{a:#x}", f"{b:#x}"] for name, (a, b) in fields.items()}}
+
+    def _say(self, cpu: int, pc: int, fields: dict[str, Any]) -> None:
+        self._number += 1
+        if self._out:
+            at = self.machines[0].describe(pc)
+            self._write_line({"n": self._number, "cpu": cpu, "pc": f"{pc:#x}", "at": at, **fields})
+
+    def _write_line(self, row: dict[str, Any]) -> None:
+        if self._out:
+            self._out.write(json.dumps(row) + "\n")
+
+
+class Tap:
+    """One CPU's side of a trace: its hooks."""
+
+    def __init__(self, trace: Trace, machine: Machine, number: int) -> None:
+        self._trace, self._cpu, self.number = trace, machine.cpu, number
+        machine.on_table_event(lambda seen: trace.saw(number, seen))  # type: ignore[arg-type]
+        if machine.mmu:
+            machine.mmu.trace = self
+        else:
+            machine.cpu.on_msr(self.msr)
+        if machine.mmu and trace.policy:
+            machine.cpu.on_block(self._drop_stale)
+        machine.cpu.flush_code()
+
+    def _drop_stale(self, _: int) -> bool:
+        """Before a block runs: Unicorn's TLBs have nothing that an event has ended."""
+        if self._trace.stale:
+            self._trace.stale = False
+            for machine in self._trace.machines:
+                machine.cpu.flush_tlb()
+        return True
+
+    def also(self, machine: Machine) -> Tap:
+        """The tap of another CPU on the same memory."""
+        return self._trace.tap(machine)
+
+    @property
+    def has_tlb(self) -> bool:
+        """Accesses go through the TLB model."""
+        return self._trace.tlb is not None
+
+    @property
+    def tables(self) -> list[tuple[int, int]]:
+        """The table pages: (PA, bytes)."""
+        return self._trace.tables
+
+    def begin(self) -> Moment:
+        """Before a run."""
+        return self._trace.begin()
+
+    def end(self, pc: int, *, returned: bool) -> None:
+        """After a run that has returned to `pc`, or was stopped there."""
+        self._trace.end(self.number, pc, returned=returned)
+
+    def since(self, moment: Moment) -> tuple[Finding, ...]:
+        """The findings of the run."""
+        return self._trace.since(moment)
+
+    def msr(self, instruction: SystemInstruction, value: int) -> bool:
+        """Before an MSR: one that translation depends on is an event. It is left to the CPU."""
+        name = _REGISTERS.get(instruction[:5])
+        if name:
+            self.register(name, value)
+        return False
+
+    def register(self, name: str, value: int) -> None:
+        """A translation register is written."""
+        self._trace.register(self.number, self._cpu.read(engine.PC), name, value)
+
+    def synchronized(self, pc: int, why: str) -> None:
+        """An exception was taken: a context synchronization event."""
+        self._trace.feed(Isb(self.number, pc), why)
+
+    def access(self, regs: Registers, va: int, access: Access, swap: Swap | None) -> Walk:
+        """An access through the TLB model."""
+        return self._trace.access(self.number, self._cpu.read(engine.PC), regs, va, access, swap)
+
+
+def _words(old: int, new: int) -> dict[str, str]:
+    return {"old": f"{old:#018x}", "new": f"{new:#018x}"}
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """A finding of either checker, as JSON."""
+    return {
+        "rule": finding.rule,
+        "cause": finding.cause,
+        "va": f"{finding.va:#018x}",
+        "level": finding.level,
+        "pa": f"{finding.pa:#x}",
+        **_words(finding.old, finding.new),
+        "symbol": finding.symbol or f"{finding.pc:#x}",
+        "write_cpu": finding.write_cpu,
+        "write_pc": f"{finding.write_pc:#x}",
+        "write_symbol": finding.write_symbol or f"{finding.write_pc:#x}",
+        "text": str(finding),
+    }
