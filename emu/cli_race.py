@@ -50,7 +50,8 @@ def race(
     A schedule is `A5 B A`: A up to its 5th event (access to a table, atomic, barrier, TLBI), B to its end, A to its
     end. Exit code 1 if there is a race, also where one is expected.
     """
-    from emu.races.scenarios import SCENARIOS, ScenarioError
+    from emu.races.parts import ScenarioError
+    from emu.races.scenarios import SCENARIOS
 
     if listing:
         click.echo(json.dumps(_list_json(), indent=1) if as_json else "\n".join(_list_lines()))

@@ -15,7 +15,7 @@ from emu.cli import CommandError, examples
 if TYPE_CHECKING:
     from emu.check import Report
     from emu.image import KernelImage
-    from emu.machine import CallResult
+    from emu.machine import CallResult, Machine
 
 _KERNEL = click.option(
     "--kernel", "source", required=True, metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR]."
@@ -71,6 +71,7 @@ def load_image(source: str, symbols: str | None) -> KernelImage:
 @click.option("--order", is_flag=True, help="Also barriers and table writes, in order (slower).")
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0), help="Seconds of CPU time.")
 @click.option("--save", metavar="FILE", help="With --snapshot: keep what the calls left as a new snapshot.")
+@click.option("--trace", metavar="FILE", help="Judge the TLB maintenance; FILE: a new one for all events, JSON lines.")
 @_JSON
 @click.pass_context
 def call(
@@ -83,6 +84,7 @@ def call(
     order: bool,
     timeout: float,
     save: str | None,
+    trace: str | None,
     as_json: bool,
 ) -> None:
     """Call FUNCTION of a kernel, a symbol or an address, with up to eight integer ARGUMENTS: numbers, symbols, or
@@ -100,7 +102,8 @@ def call(
             raise CommandError("call: --symbols goes with --kernel; a snapshot has its kernel's own")
         from emu.cli_snapshot import call_on
 
-        done = call_on(snapshot, (function, *arguments), order=order, timeout=timeout, as_json=as_json, save=save)
+        words = (function, *arguments)
+        done = call_on(snapshot, words, order=order, timeout=timeout, as_json=as_json, save=save, trace=trace)
         ctx.exit(0 if done else 1)
     if save is not None:
         raise CommandError("call: --save goes with --snapshot")
@@ -112,10 +115,31 @@ def call(
     with bad_input():
         machine = Machine.boot(image)
         values = [_argument(text, machine) for text in arguments]
+    with bad_input(), traced(machine, trace):
         result = machine.call(target, *values, timeout=timeout, record="order" if order else "changes")
     text = {"schema": "pgtable.call/1", **call_json(function, result)} if as_json else None
     click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
     ctx.exit(1 if result.stop else 0)
+
+
+@contextmanager
+def traced(machine: Machine, path: str | None) -> Iterator[None]:
+    """The machine has a trace into a new file meanwhile, if one is named. Raises CommandError for a file that is there,
+    or that cannot be written."""
+    from emu.tracing import Trace
+
+    if path is None:
+        yield
+        return
+    try:
+        file = open(path, "x")  # noqa: SIM115  closed below
+    except FileExistsError:
+        raise CommandError(f"--trace {path}: it is there already, name another file") from None
+    except OSError as error:
+        raise CommandError(f"--trace {path}: {error.strerror or error}") from None
+    with file:
+        machine.attach(Trace(file))
+        yield
 
 
 def _argument(text: str, machine: Any) -> int:
@@ -170,6 +194,7 @@ def result_lines(function: str, result: CallResult) -> list[str]:
     events = [str(e) for e in (result.events if result.events is not None else result.maintenance)]
     lines += _listed("in order" if result.events is not None else "TLB", events[:SHOWN], len(events))
     lines += _listed("warnings", [str(w) for w in result.warnings], len(result.warnings))
+    lines += _listed("findings", [str(finding) for finding in result.findings], len(result.findings))
     lines += [f"{'' if i else 'printed':12}{text}" for i, text in enumerate("\n".join(result.printed).splitlines())]
     if result.stop:
         lines.append("stopped     " + str(result.stop).replace("\n", "\n            "))
@@ -178,7 +203,7 @@ def result_lines(function: str, result: CallResult) -> list[str]:
 
 def _listed(title: str, rows: list[str], count: int) -> list[str]:
     if not count:
-        return [f"{title:12}nothing"] if title != "warnings" else []
+        return [] if title in ("warnings", "findings") else [f"{title:12}nothing"]
     more = [f"... {count - len(rows)} more"] if count > len(rows) else []
     return [f"{title if not i else '':12}{row}" for i, row in enumerate([*rows, *more])]
 
@@ -188,6 +213,9 @@ def _listed(title: str, rows: list[str], count: int) -> list[str]:
 
 def call_json(function: str, result: CallResult) -> dict[str, Any]:
     """What a call did, as `--json` prints it."""
+    from emu.tracing import finding_json
+
+    found = {"findings": [finding_json(finding) for finding in result.findings]} if result.findings else {}
     printed = {"printed": list(result.printed)} if result.printed else {}
     return {
         "function": function,
@@ -195,6 +223,7 @@ def call_json(function: str, result: CallResult) -> dict[str, Any]:
         "signed": result.signed,
         **_result_parts(result),
         **printed,
+        **found,
     }
 
 

@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 
 from emu.cli import CommandError, examples
-from emu.cli_run import bad_input, call_json, number, result_lines
+from emu.cli_run import bad_input, call_json, number, result_lines, traced
 
 if TYPE_CHECKING:
     from emu.machine import CallResult
@@ -145,16 +145,27 @@ def steps_on_stderr() -> Iterator[Callable[[str], None]]:
 # call --snapshot
 
 
-def call_on(path: str, words: tuple[str, ...], *, order: bool, timeout: float, as_json: bool, save: str | None) -> bool:
+def call_on(
+    path: str,
+    words: tuple[str, ...],
+    *,
+    order: bool,
+    timeout: float,
+    as_json: bool,
+    save: str | None,
+    trace: str | None = None,
+) -> bool:
     """Runs the calls in `words` on a snapshot and prints what each did; True if all returned.
 
-    `save`: the file for a snapshot of what they left; none is written where one did not return.
+    `save`: the file for a snapshot of what they left; none is written where one did not return. `trace`: the file for
+    their trace.
     """
     from emu.snapshot import Snapshot
 
     with bad_input():
         loaded = Snapshot.load(path)
         machine = loaded.machine(mmu="model" if loaded.lpa2 else "cpu")
+    with bad_input(), traced(machine, trace):
         done: list[tuple[str, CallResult, str]] = []
         for function, *arguments in _calls(words):
             target = _resolved(machine, function)

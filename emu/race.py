@@ -18,17 +18,20 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from emu.cpus import more_cpus
+from emu.judges import Judges
 from emu.machine import Machine
 from emu.races.actors import WAIT, Actor, Call, Event, Note, Scene, Step, call
 from emu.races.explore import Explorer, Outcome, Schedule
 from emu.races.show import Places, Word, columns, table_ranges
 from emu.races.steps import Learned, Stepper
+from pgtable.registers import Registers
+from pgtable.tlb import Policy
 
 __all__ = ["WAIT", "Actor", "Call", "Finding", "Note", "Race", "RaceResult", "Scene", "Schedule", "Step", "call"]
 
@@ -79,11 +82,18 @@ class RaceResult:
     seconds: float
 
 
+def _with_bbm(regs: Registers, bbm: int | None) -> Registers:
+    return regs if bbm is None else Registers(regs.features.replace(bbm=bbm), **regs.as_dict())
+
+
 class Race:
     """Actors on the tables of `machine`, the first CPU; each further actor that calls functions gets a CPU of its own.
 
     `watch`: VAs (the tables that translate them) and PA ranges (PA, bytes) whose accesses are switch points.
     `frees`: functions that give a page back, and how to read its PA from their arguments; they are replaced.
+    `judge`: the checkers of TLB maintenance are told of everything, a TLB behaving as the policy says; their findings
+    are notes. `bbm`: the FEAT_BBM level that they assume, default the machine's.
+    `quiet`: kinds of events ("barrier", "tlbi") that are no switch points, for code that has hundreds of them.
     `expected`: descriptor by VA at the end. `invariants`: each gives a sentence if something is wrong at the end.
     The machine is the race's from now on: make what the actors need before.
     """
@@ -99,6 +109,9 @@ class Race:
         invariants: Sequence[Invariant] = (),
         serial: bool = True,
         frees: Mapping[str, Callable[[Machine], int]] | None = None,
+        judge: Policy | None = None,
+        bbm: int | None = None,
+        quiet: Collection[str] = (),
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode {mode}: must be one of {', '.join(MODES)}")
@@ -109,7 +122,16 @@ class Race:
         extra = iter(more_cpus(machine, len(callers) - 1) if len(callers) > 1 else ())
         machines = [next(extra) if i in callers[1:] else machine for i in range(len(actors))]
         tables = [r for at in watch for r in ([at] if isinstance(at, tuple) else table_ranges(machine, at))]
-        self.stepper = stepper = Stepper(machines, self.actors, sorted(set(tables)), interrupt=mode == "interrupt")
+        registers = [_with_bbm(m.registers(), bbm) for m in machines]
+        judges = Judges(machine.memory, registers, policy=judge, symbol=machine.describe) if judge else None
+        self.stepper = stepper = Stepper(
+            machines,
+            self.actors,
+            sorted(set(tables)),
+            interrupt=mode == "interrupt",
+            judges=judges,
+            quiet=frozenset(quiet),
+        )
         for name, address in (frees or {}).items():
             for cpu in dict.fromkeys(machines):
                 cpu.stub(name, lambda m, address=address: stepper.free(address(m)))  # type: ignore[misc]

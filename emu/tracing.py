@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from emu import engine
 from emu.engine import SystemInstruction
-from emu.table_events import TableEvents
+from emu.judges import Judges
 from emu.trace import Event as Seen
 from pgtable.access import Access
-from pgtable.bbm import Checker
 from pgtable.memory import Mark
+from pgtable.params import RANGE_BIT
 from pgtable.registers import Registers
-from pgtable.tlb import Policy, TlbModel
+from pgtable.tlb import Policy
 from pgtable.tlb_events import Dsb, Event, Finding, Isb, Return, SysregWrite, Tlbi, Write
 from pgtable.walk import Swap, Walk
 
@@ -65,11 +64,9 @@ class Trace:
         self.policy = policy
         self.machines: list[Machine] = []
         self.stale = False  # Unicorn's TLBs may hold what an event has ended
-        self.tlb: TlbModel | None = None
         self._close = isinstance(out, (str, os.PathLike))
         self._out: IO[str] | None = open(out, "w") if isinstance(out, (str, os.PathLike)) else out  # noqa: SIM115
-        self._checkers: list[tuple[bool, Checker]] = []
-        self._tree: TableEvents | None = None
+        self.judges: Judges | None = None
         self._known: Mark | None = None
         self._number = 0
         self._write_line({"schema": SCHEMA})
@@ -86,13 +83,14 @@ class Trace:
     @property
     def tables(self) -> list[tuple[int, int]]:
         """The table pages: (PA, bytes)."""
-        assert self._tree
-        return [(pa, self._tree.page) for pa in self._tree.pages]
+        assert self.judges
+        tree = self.judges.tree
+        return [(pa, tree.page) for pa in tree.pages]
 
     def begin(self) -> Moment:
         """Before a run: what Python has changed since the last one is learned."""
         first = self.machines[0]
-        if self._tree is not None and self._known is not None:
+        if self._known is not None:
             mark = first.memory.mark(self.tables)
             if not self._known.same_as(mark):
                 self._known = None
@@ -104,16 +102,8 @@ class Trace:
         """The checkers anew, on the tables and registers as they are."""
         first = self.machines[0]
         registers: list[Registers] = [machine.registers() for machine in self.machines]
-        self._tree = tree = TableEvents(first.memory, registers[0])
-        count = len(self.machines)
-        self._checkers = [
-            (upper, Checker(p, cpus=count, memory=first.memory, registers=registers[0], symbol=first.describe))
-            for upper, p in tree.halves.items()
-        ]
-        model = self.policy is not None and first.mmu is not None
-        self.tlb = (
-            TlbModel(first.memory, registers, cpus=count, policy=self.policy, symbol=first.describe) if model else None
-        )
+        policy = self.policy if first.mmu else None
+        self.judges = Judges(first.memory, registers, policy=policy, symbol=first.describe)
         self.stale = True
 
     def end(self, cpu: int, pc: int, *, returned: bool) -> None:
@@ -130,55 +120,54 @@ class Trace:
 
     def saw(self, cpu: int, seen: Seen) -> None:
         """What a hook saw; a store before memory has it."""
-        assert self._tree
-        event = self._tree.event(cpu, seen)
+        assert self.judges
+        event = self.judges.tree.event(cpu, seen)
         if event is None:
             self._say(cpu, seen.pc, {"kind": "barrier", "name": str(seen)})
             return
         self.feed(event)
         if isinstance(event, Write):
-            for page in self._tree.linked(event):
-                for machine in self.machines:
-                    machine.follow(page, self._tree.page)
+            self._follow(self.judges.tree.linked(event))
+
+    def _follow(self, pages: list[int]) -> None:
+        """Pages that have become tables."""
+        assert self.judges
+        for page in pages:
+            for machine in self.machines:
+                machine.follow(page, self.judges.tree.page)
 
     def register(self, cpu: int, pc: int, name: str, value: int) -> None:
         """An MSR of a translation register, before it is executed."""
+        assert self.judges
         self.feed(SysregWrite(cpu, name, value, pc))
         if name.startswith("TTBR"):
-            assert self._tree
-            for page in self._tree.follow(self.machines[cpu].registers().replace(**{name: value})):
-                for machine in self.machines:
-                    machine.follow(page, self._tree.page)
+            self._follow(self.judges.tree.follow(self.machines[cpu].registers().replace(**{name: value})))
 
     def feed(self, event: Event, kind: str = "") -> None:
         """An event, to both checkers and to the file."""
+        assert self.judges
         self.events.append(event)
         self._say(event.cpu, event.pc, self._fields(event, kind))
         self.stale = True
-        for upper, checker in self._checkers:
-            if not isinstance(event, Write) or event.va is None or bool(event.va >> 55 & 1) == upper:
-                self._take(checker.findings, lambda checker=checker: checker.feed(event))  # type: ignore[misc]
-        if self.tlb:
-            tlb = self.tlb
-            self._take(tlb.findings, lambda: tlb.feed(event))
+        self.judges.feed(event)
+        self._note()
 
     def access(self, cpu: int, pc: int, regs: Registers, va: int, access: Access, swap: Swap | None) -> Walk:
         """An access through the TLB model; `regs` for PSTATE."""
-        tlb = self.tlb
-        assert tlb
-        tlb.set_pstate(cpu, PAN=regs.PAN, UAO=regs.UAO)
-        walk: Walk = self._take(tlb.findings, lambda: tlb.access(cpu, va, access, pc, swap))
+        assert self.judges
+        assert self.judges.tlb
+        self.judges.tlb.set_pstate(cpu, PAN=regs.PAN, UAO=regs.UAO)
+        walk = self.judges.access(cpu, va, access, pc, swap)
+        self._note()
         return walk
 
-    def _take(self, findings: Sequence[Finding], do: Callable[[], Any]) -> Any:
-        """Runs `do`, and notes what it found; the checkers of the two halves say some things twice."""
-        before = len(findings)
-        result = do()
-        for finding in findings[before:]:
+    def _note(self) -> None:
+        """Keeps what the judges have found."""
+        assert self.judges
+        for finding in self.judges.taken() if self.judges.fresh else ():
             if finding not in self.findings:
                 self.findings.append(finding)
                 self._say(finding.cpu, finding.pc, {"kind": "finding", **finding_json(finding)})
-        return result
 
     # the file
 
@@ -209,9 +198,9 @@ class Trace:
 
     def _place(self, va: int | None, level: int, old: int, new: int) -> dict[str, Any]:
         """Which descriptor, and which of its fields change."""
-        if va is None or self._tree is None:
+        if va is None or self.judges is None:
             return {}
-        fmt = self._tree.halves[bool(va >> 55 & 1)].fmt
+        fmt = self.judges.tree.halves[bool(va & RANGE_BIT)].fmt
         fields = fmt.layout(new if new & 1 else old, level).changed(old, new)
         size = fmt.granule.level_size(level)
         where = {"va": f"{va:#018x}", "size": size, "level": level}
@@ -257,7 +246,7 @@ class Tap:
     @property
     def has_tlb(self) -> bool:
         """Accesses go through the TLB model."""
-        return self._trace.tlb is not None
+        return self._trace.judges is not None and self._trace.judges.tlb is not None
 
     @property
     def tables(self) -> list[tuple[int, int]]:

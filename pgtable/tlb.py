@@ -160,8 +160,9 @@ class TlbModel:
         fetch = self.memory.fetch
         if entry.params is p and all(fetch(pa) == word for pa, word in entry.words.items()):
             return
-        if outcome(walk(fetch, p, va, access)) != outcome(found):
-            self._judge.stale(cpu, va, pc, entry)
+        gave = outcome(found)
+        if outcome(walk(fetch, p, va, access)) != gave:
+            self._judge.stale(cpu, va, pc, entry, access, p, gave)
 
     def _check_freed(self, cpu: int, va: int, pc: int, found: Walk) -> None:
         p = found.params

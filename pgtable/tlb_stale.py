@@ -3,7 +3,7 @@
 Rules of this file:
 - A use is stale by its outcome: another PA, other attributes, another fault than a walk of the tables gives now.
 - While the CPU that changed the tables is still at work, another CPU may use what it has. Such a use becomes a finding
-  when the writer returns, if it could still happen then. The writer's own stale use is one at once.
+  when the writer returns, if it could still happen then and would still be wrong. The writer's own is one at once.
 Sources: Arm ARM D8.17 (R_GPPYH, R_LXHLD), D8.17.1.
 """
 
@@ -35,13 +35,16 @@ class Written(NamedTuple):
 
 
 class Use(NamedTuple):
-    """An access through an entry that the tables do not justify."""
+    """An access through an entry that the tables do not justify. `gave`: its outcome."""
 
     cpu: int
     va: int
     pc: int
     entry: Entry
     written: Written
+    access: Access
+    params: WalkParams
+    gave: tuple[Any, ...]
 
 
 class Judge:
@@ -63,15 +66,17 @@ class Judge:
         """A TLBI, for messages."""
         self._log = (*self._log[1 - _LOGGED :], (serial, event))
 
-    def stale(self, cpu: int, va: int, pc: int, entry: Entry) -> None:
-        """An access used `entry`, and the tables say otherwise."""
+    def stale(
+        self, cpu: int, va: int, pc: int, entry: Entry, access: Access, params: WalkParams, gave: tuple[Any, ...]
+    ) -> None:
+        """An access used `entry` and came to `gave`, and the tables say otherwise."""
         fetch, written = self._memory.fetch, self._written
         made = [written[pa] for _, pa, word in entry.steps if pa in written and fetch(pa) != word]
         if not made:
             self.note(STALE, cpu, pc, va, entry, cause="registers changed")
             return
         last = max(made, key=lambda one: one.serial)
-        use = Use(cpu, va, pc, entry, last)
+        use = Use(cpu, va, pc, entry, last, access, params, gave)
         if cpu == last.event.cpu or self.has_returned(last.event.cpu, last.serial):
             self._report(use)
         else:
@@ -98,9 +103,13 @@ class Judge:
 
     def _resolve(self, mine: Callable[[Use], bool]) -> None:
         for use in self._uses:
-            if mine(use) and self._holds(use.cpu, use.entry):
+            if mine(use) and self._holds(use.cpu, use.entry) and self._differs(use):
                 self._report(use)
         self._uses = tuple(use for use in self._uses if not mine(use))
+
+    def _differs(self, use: Use) -> bool:
+        """The tables still say otherwise: not so where the same mapping was made again."""
+        return outcome(walk(self._memory.fetch, use.params, use.va, use.access)) != use.gave
 
     def _report(self, use: Use) -> None:
         tried = [tlbi for serial, tlbi in self._log if serial > use.written.serial]

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from emu.judges import Judges
 from emu.machine import Machine
+from emu.trace import Barrier, Maintenance
+from pgtable import Access, Walk
+from pgtable.tlb_events import Return
+from pgtable.tlbi import operand_for
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def call(name: str, function: str | int, *args: int) -> Actor:
 
 
 class Note(NamedTuple):
-    """Something that must not happen and did. `kind`: "warning", "stop", "freed-table", "deadlock" or a step's own."""
+    """Something that must not happen and did. `kind`: "warning", "stop", "freed-table", "deadlock", "bbm" and "tlb" (of
+    the checkers of TLB maintenance), or a step's own."""
 
     kind: str
     actor: str
@@ -98,8 +104,16 @@ class Scene:
     `results`: what the actor's earlier operations gave.
     """
 
-    def __init__(self, machine: Machine, results: tuple[int, ...], freed: frozenset[int]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        results: tuple[int, ...],
+        freed: frozenset[int],
+        cpu: int = 0,
+        judges: Judges | None = None,
+    ) -> None:
         self.machine = machine
+        self._cpu, self._judges = cpu, judges
         self.memory = machine.memory
         self.results = results
         self.freed = freed
@@ -114,6 +128,11 @@ class Scene:
     def store(self, pa: int, word: int) -> None:
         """Writes the word at `pa`; a finding if its page was freed."""
         self._check(pa, "written")
+        if self._judges:
+            tree = self._judges.tree
+            event = tree.changed(self._cpu, 0, pa, self.memory.fetch(pa), word)
+            self._judges.feed(event)
+            tree.linked(event)
         self.memory.store(pa, word)
         self.written.add(pa)
 
@@ -131,6 +150,32 @@ class Scene:
     def take(self, pa: int) -> None:
         """The page at `pa` is in use again."""
         self.freed -= {pa & -self.machine.plan.page_size}
+
+    def access(self, va: int, access: Access | None = None) -> Walk:
+        """An access by this CPU: through the TLB model where the race has one, else by the tables."""
+        wanted = access or Access.read(el=1)
+        if self._judges and self._judges.tlb:
+            return self._judges.access(self._cpu, va, wanted)
+        return self.machine.translate(va, wanted)
+
+    def tlbi(self, operation: str, va: int = 0, *, asid: int = 0) -> None:
+        """A TLBI by its name (`vaae1is`) for an address; "dsb ish" and "isb" are `barrier`."""
+        self._tell(Maintenance(operation.upper(), operand_for(operation, va, asid=asid), 0))
+        for machine in (self.machine, *self.machine.siblings):
+            machine.cpu.flush_tlb()
+
+    def barrier(self, name: str) -> None:
+        """`dsb ishst`, `dsb ish`, `isb` ..."""
+        self._tell(Barrier(name, 0))
+
+    def returns(self) -> None:
+        """What this actor changed is done: what is unclean now is a finding."""
+        if self._judges:
+            self._judges.feed(Return(self._cpu))
+
+    def _tell(self, event: Maintenance | Barrier) -> None:
+        if self._judges:
+            self._judges.saw(self._cpu, event)
 
     def note(self, kind: str, text: str) -> None:
         """A finding."""

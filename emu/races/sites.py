@@ -5,6 +5,8 @@ Encodings: Arm ARM C4.1 (loads and stores; branches, exception generating and sy
 
 from __future__ import annotations
 
+from emu.machine import Machine
+
 # (mask, value, kind), first match counts
 _KINDS = (
     (0xFFFF_F01F, 0xD503_301F, "barrier"),  # DSB, DMB, ISB, and CLREX and SB, which are left out below
@@ -15,6 +17,20 @@ _KINDS = (
 _OP2_OF_BARRIERS = (4, 5, 6)  # DSB, DMB, ISB
 _WFE = 0xD503205F
 _YIELD = 0xD503203F
+
+# struct rw_semaphore.count (include/linux/rwsem.h): bit 0 a writer, from bit 8 on the readers.
+_WRITER, _ANYONE = 1, ~0xFE & (1 << 64) - 1
+_LOCKS = {"down_read": _WRITER, "down_write": _ANYONE}
+_LOCKS |= {f"{name}_killable": mask for name, mask in _LOCKS.items()}
+_LOCKS |= {"rwsem_down_read_slowpath": _WRITER, "rwsem_down_write_slowpath": _ANYONE}  # it was free a moment ago
+
+
+def lock_sites(machine: Machine) -> dict[int, int]:
+    """Where a task would sleep for an rwsem: functions that take one, and the bits of `count` that they wait for."""
+    if machine.image is None:
+        return {}
+    symbols = machine.image.symbols
+    return {symbols[name]: mask for name, mask in _LOCKS.items() if name in symbols}
 
 
 def site_kind(word: int) -> str | None:

@@ -10,9 +10,12 @@ from pgtable.bits import Words
 
 
 class State:
-    """A moment: `pages` of memory, the CPUs' `contexts`, how far each actor is, freed pages, notes so far."""
+    """A moment: `pages` of memory, the CPUs' `contexts`, how far each actor is, freed pages, notes so far.
 
-    __slots__ = ("_key", "actors", "contexts", "freed", "given", "notes", "pages")
+    `judged`: what the checkers know; `judged_key`: of it, what matters for what comes.
+    """
+
+    __slots__ = ("_key", "actors", "contexts", "freed", "given", "judged", "judged_key", "notes", "pages")
 
     def __init__(
         self,
@@ -22,9 +25,12 @@ class State:
         freed: frozenset[int],
         notes: tuple[Note, ...],
         given: int,
+        judged: Any = None,
+        judged_key: Any = None,
     ) -> None:
         self.pages, self.contexts, self.actors = pages, contexts, actors
         self.freed, self.notes, self.given = freed, notes, given
+        self.judged, self.judged_key = judged, judged_key
         self._key: int | None = None
 
     @property
@@ -33,7 +39,8 @@ class State:
         if self._key is None:
             registers = tuple(c.digest if p.pc else 0 for c, p in zip(self.contexts, self.actors, strict=True))
             steady = tuple(p._replace(events=0) for p in self.actors)
-            self._key = hash((self.pages.tobytes(), registers, steady, self.freed, self.notes, self.given))
+            rest = (self.freed, self.notes, self.given, self.judged_key)
+            self._key = hash((self.pages.tobytes(), registers, steady, *rest))
         return self._key
 
 

@@ -23,16 +23,22 @@ import numpy as np
 
 from emu import engine
 from emu.cpus import fail_exclusive, is_store_exclusive
+from emu.judges import Judges
 from emu.machine import Machine
 from emu.races.actors import POISON, WAIT, Actor, Call, Event, Note, Progress, Scene
-from emu.races.sites import site_kind
+from emu.races.sites import lock_sites, site_kind
 from emu.races.states import Context, Running, State
+from emu.trace import Barrier, Maintenance, TableWrite, barrier_name, tlbi_name
+from emu.trace import Event as Seen
 from pgtable import Access
 from pgtable.bits import Words
 from pgtable.memory import PAGE
+from pgtable.tlb_events import Return, TableFree, Write
+from pgtable.tlb_stale import CONFLICT, FREED, MISSING, STALE, UNSEEN
 
 Ranges = Sequence[tuple[int, int]]  # (PA, bytes)
 GRANULE = 16  # bytes that an exclusive reserves: the smallest that the architecture allows (CTR_EL0.ERG)
+OF_TLB = (CONFLICT, FREED, MISSING, STALE, UNSEEN)  # rules of the TLB model, the others are break-before-make's
 LOST = -1  # a reservation that another actor's store has ended
 
 
@@ -43,12 +49,23 @@ class Learned(Exception):  # noqa: N818  no error: the search starts again
 class Stepper:
     """Runs `actors[i]` on `machines[i]`; `tables`: the PA ranges whose accesses are switch points.
 
-    `interrupt`: all but the first actor run on the first's CPU, in a softirq.
+    `interrupt`: all but the first actor run on the first's CPU, in a softirq. `judges`: the checkers of TLB
+    maintenance, which are told of everything that actors do. `quiet`: kinds of sites ("barrier", "tlbi") before which
+    nobody else gets a turn.
     """
 
     def __init__(
-        self, machines: Sequence[Machine], actors: Sequence[Actor], tables: Ranges, *, interrupt: bool = False
+        self,
+        machines: Sequence[Machine],
+        actors: Sequence[Actor],
+        tables: Ranges,
+        *,
+        interrupt: bool = False,
+        judges: Judges | None = None,
+        quiet: frozenset[str] = frozenset(),
     ) -> None:
+        self.judges, self.quiet = judges, quiet
+        self._words: dict[int, int] = {}  # of the sites
         self.machines, self.actors, self.interrupt = list(machines), list(actors), interrupt
         self.memory = machines[0].memory
         self.tables: list[tuple[int, int]] = [r for r in tables if r[1]]
@@ -71,9 +88,13 @@ class Stepper:
         self._running = 0
         self._now = Running()
         self._begin = self.memory.written()
+        self._given = machines[0].first._pages_given
+        self._judged = judges.snapshot() if judges else None
         self._contexts = tuple(Context(machine.cpu.context()) for machine in machines)
         for machine in self._cpus:
             machine.cpu.on_new_block(partial(self._new_block, machine))
+            for pc, blocks in lock_sites(machine).items():
+                machine.cpu.on_code(partial(self._at_lock, machine, blocks), pc, pc)
             for base, size in self.tables:
                 self._watch(machine, base, size)
         self._set_pages()
@@ -153,7 +174,7 @@ class Stepper:
         for k, word in enumerate(np.frombuffer(machine.read(pc, size // 4 * 4), "<u4").tolist()):
             kind = site_kind(word)
             if kind and pc + 4 * k not in self.sites:
-                self.sites[pc + 4 * k] = kind
+                self.sites[pc + 4 * k], self._words[pc + 4 * k] = kind, word
                 self._new.add("site")
                 spins = spins or kind == "wait"
                 if is_store_exclusive(word):
@@ -181,6 +202,8 @@ class Stepper:
             self._new.add("site")
         if kind in (None, "memory"):
             self._now.events += 1
+        if self.judges and value is not None:
+            self._judge(TableWrite(pa, value & (1 << 8 * size) - 1, pc, size))
         if self.trace is not None:
             self._trace_access(pc, pa, size, value)
         return True
@@ -195,6 +218,10 @@ class Stepper:
 
     def _at_site(self, pc: int) -> bool:
         now, kind = self._now, self.sites[pc]
+        if kind in self.quiet:
+            if self.judges:
+                self._judge_site(pc, kind)
+            return True
         if kind == "wait" and now.skip != pc:
             now.waits = True
             return False
@@ -203,9 +230,49 @@ class Stepper:
         now.skip = 0
         if kind not in ("memory", "wait"):
             now.events += 1
+            if self.judges and kind in ("barrier", "tlbi"):
+                self._judge_site(pc, kind)
             if self.trace is not None:
                 self.trace.append(Event(self._name, now.events, kind, pc, ""))
         return True
+
+    def _at_lock(self, machine: Machine, blocks: int, pc: int) -> bool:
+        """At the entry of a lock's function: the actor waits as long as somebody holds the lock."""
+        if machine.word_at(machine.argument(0), 8) & blocks:
+            self._now.waits = True
+            return False
+        return True
+
+    def _judge_site(self, pc: int, kind: str) -> None:
+        """Tells the checkers of a barrier or TLBI that is about to be executed."""
+        machine = self.machines[self._running]
+        word = self._words[pc]
+        if kind == "barrier":
+            name = barrier_name(word)
+            if name:
+                self._judge(Barrier(name, pc))
+            return
+        op1, crn, crm, op2, rt = (word >> at & mask for at, mask in ((16, 7), (12, 15), (8, 15), (5, 7), (0, 31)))
+        operation = tlbi_name(op1, crn, crm, op2)
+        if operation:
+            self._judge(Maintenance(operation, machine.cpu.read(engine.X[rt]) if rt < 31 else 0, pc))
+
+    def _judge(self, seen: Seen) -> None:
+        assert self.judges
+        event = self.judges.saw(self._cpu, seen)
+        if isinstance(event, Write):
+            self.judges.tree.linked(event)  # a new table is known from now on; its words are no switch points
+        self._note_findings()
+
+    def _note_findings(self) -> None:
+        assert self.judges
+        for finding in self.judges.taken():
+            self._note("tlb" if finding.rule in OF_TLB else "bbm", str(finding))
+
+    @property
+    def _cpu(self) -> int:
+        """The number of the running actor's CPU."""
+        return 0 if self.interrupt else self._running
 
     @property
     def _name(self) -> str:
@@ -220,6 +287,9 @@ class Stepper:
         """From a stub: the table page at `pa` is given back, and filled with a pattern. Its use is a finding."""
         page = self.machines[0].plan.page_size
         self._now.freed |= {pa & -page}
+        if self.judges:
+            self.judges.feed(TableFree(pa & -page, self._cpu))
+            self._note_findings()
         self.memory.words(pa & -page, page // 8)[:] = POISON
         for at in range(pa & -page, (pa & -page) + page, PAGE):
             self._written(at, 8, 0)
@@ -251,6 +321,9 @@ class Stepper:
     def begin(self) -> State:
         """The state in which nothing has run."""
         self.memory.rewind(self._begin)
+        self.machines[0].first._pages_given = self._given
+        if self.judges:
+            self.judges.restore(self._judged)
         self._loaded = [None] * len(self.machines)
         progress = tuple(Progress() for _ in self.actors)
         return self._made(self._contexts, progress, frozenset(), (), self.machines[0].first._pages_given)
@@ -264,11 +337,14 @@ class Stepper:
         given: int,
     ) -> State:
         pages = np.concatenate([words[numbers] for words, numbers in self._views])
-        self._at = State(pages, contexts, actors, freed, notes, given)
+        judged = (self.judges.snapshot(), self.judges.key()) if self.judges else (None, None)
+        self._at = State(pages, contexts, actors, freed, notes, given, *judged)
         return self._at
 
     def restore(self, state: State) -> None:
-        """Memory as it is in `state`."""
+        """Memory as it is in `state`, and what the checkers know."""
+        if self.judges:
+            self.judges.restore(state.judged)
         if state is self._at:
             return
         done = 0
@@ -342,6 +418,9 @@ class Stepper:
     def _finished(self, actor: int, progress: Progress, result: int) -> Progress:
         if self.interrupt and actor:
             self._add_preempt_count(-SOFTIRQ_OFFSET)
+        if self.judges:
+            self.judges.feed(Return(self._cpu))
+            self._note_findings()
         if self.trace is not None:
             self.trace.append(Event(self._name, progress.events, "end", 0, f"returns {result:#x}"))
         return progress._replace(operation=progress.operation + 1, pc=0, results=(*progress.results, result))
@@ -349,8 +428,10 @@ class Stepper:
     def _python_step(self, state: State, actor: int, progress: Progress) -> State:
         work = self.actors[actor].work[progress.operation]
         assert not isinstance(work, Call)
-        scene = Scene(self.machines[actor], progress.results, state.freed)
+        scene = Scene(self.machines[actor], progress.results, state.freed, self._cpu, self.judges)
         result = work.action(scene) or 0
+        if self.judges:
+            self._note_findings()
         for pa in scene.written:
             self._written(pa, 8, 0)
             self._disturbed(pa, 8, 0)

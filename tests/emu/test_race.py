@@ -10,7 +10,8 @@ import pytest
 from emu.machine import Machine
 from emu.race import WAIT, Actor, Race, Scene, Step, call
 from emu.races.explore import Schedule
-from emu.races.scenarios import SCENARIOS, ScenarioError
+from emu.races.parts import ScenarioError
+from emu.races.scenarios import SCENARIOS
 from tests.kernels import kernel_image
 from tests.snapshots import WARM, booted
 
