@@ -171,6 +171,25 @@ def test_call_in_order() -> None:
     assert "in order    [0x" in run(*args).stdout
 
 
+def test_call_with_a_trace_judges_what_was_done_and_keeps_every_event(tmp_path: Path) -> None:
+    """set_direct_map_invalid_noflush() leaves the TLBI to its caller; a file that is there is not written over."""
+    name = "debian:6.12"
+    machine = Machine.boot(kernel_image(name))
+    page = f"{machine.struct_page(machine.plan.ram[0] + 0x200_0000):#x}"
+    words = ("call", "set_direct_map_invalid_noflush", page, "--kernel", name, "--trace")
+    found = valid_json(run(*words, tmp_path / "a.jsonl", "--json"), "call")["findings"]
+    assert [(f["rule"], f["cause"]) for f in found] == [("unclean at return", "no TLBI")]
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows[0] == {"schema": "pgtable.trace/1"}
+    assert [row["kind"] for row in rows[1:]][-2:] == ["return", "finding"]
+    text = run(*words, tmp_path / "b.jsonl").stdout
+    assert "findings    unclean at return (no TLBI): " in text
+    again = run(*words, tmp_path / "a.jsonl")
+    assert (again.exit_code, "is there already" in again.stderr) == (2, True)
+    lost = run(*words, tmp_path / "no" / "a.jsonl")
+    assert (lost.exit_code, "No such file" in lost.stderr) == (2, True)
+
+
 def test_call_reports_a_warning_and_an_error_value() -> None:
     kernel_image("debian:6.1")
     result = run("call", "set_memory_valid", "lin:0x48000000", "0", "0", "--kernel", "debian:6.1", "--json")

@@ -17,6 +17,7 @@ from emu.machine import Machine
 from emu.tracing import Policy, Trace
 from pgtable.tlb_events import Dsb, Isb, Return, SysregWrite, Tlbi, Write
 from tests.kernels import KERNELS, kernel_image
+from tests.snapshots import WARM, booted
 
 ALL = [pytest.param(name, marks=pytest.mark.kernels, id=name) for name in KERNELS]
 
@@ -269,6 +270,21 @@ def test_set_memory_valid_is_clean_and_noflush_is_not(name: str) -> None:
     (found,) = m.call("set_direct_map_invalid_noflush", page).ok().findings
     assert (found.rule, found.cause, found.va) == ("unclean at return", "no TLBI", m.plan.linear + 0x210_0000)
     assert found.write_symbol.split("+")[0] in {"change_page_range", "pageattr_pte_entry"}
+
+
+@pytest.mark.full
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", WARM[:3])
+def test_a_booted_kernel_is_traced_too(name: str) -> None:
+    """vmalloc() of more than a block links a table that the kernel gave; set_memory_ro() of it is clean."""
+    trace = Trace()
+    machine = booted(name).machine().attach(trace)
+    size = 1 << 22
+    va = machine.call("vmalloc", size).ok().value
+    tables = {w.pa & -4096 for w in trace.events if isinstance(w, Write) and w.level == 3}
+    assert tables >= {machine.translate(va + at).steps[-1].pa & -4096 for at in range(0, size, 1 << 21)}
+    assert machine.call("set_memory_ro", va, size >> 12).ok().findings == ()
+    assert trace.findings == []
 
 
 @pytest.mark.parametrize("name", ALL)
