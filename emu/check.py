@@ -7,7 +7,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -311,8 +310,3 @@ def main_job(subject: Subject, pages: int, enable: int | None = None, variant: V
     keeps = subject.variant().invalid_keeps_present
     wanted = (0, 1) if enable is None else (enable,)
     return [run_case(subject, linear_pages(pages, each, keeps_present=keeps), variant) for each in wanted]
-
-
-def engine_loaded() -> bool:
-    """Unicorn has been imported in this process."""
-    return "unicorn" in sys.modules

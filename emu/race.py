@@ -123,7 +123,7 @@ class Race:
         machines = [next(extra) if i in callers[1:] else machine for i in range(len(actors))]
         tables = [r for at in watch for r in ([at] if isinstance(at, tuple) else table_ranges(machine, at))]
         registers = [_with_bbm(m.registers(), bbm) for m in machines]
-        judges = Judges(machine.memory, registers, policy=judge, symbol=machine.describe) if judge else None
+        judges = Judges(machine.memory, registers, policy=judge, symbol=self._named) if judge else None
         self.stepper = stepper = Stepper(
             machines,
             self.actors,
@@ -135,6 +135,10 @@ class Race:
         for name, address in (frees or {}).items():
             for cpu in dict.fromkeys(machines):
                 cpu.stub(name, lambda m, address=address: stepper.free(address(m)))  # type: ignore[misc]
+
+    def _named(self, pc: int) -> str:
+        """Where a PC is, for findings; Python steps have none."""
+        return self.machine.describe(pc) if pc else "a step"
 
     # searching
 

@@ -144,7 +144,6 @@ def _anywhere(rng: Random, pool: Pool) -> int:
     return pool.va + rng.randrange(pool.size)
 
 
-ANY = tuple(ObjectState)
 MAKERS: dict[str, Maker] = {
     "guard, both allocated": _guard(ALLOCATED, ALLOCATED),
     "guard, left allocated": _guard(ALLOCATED, NOT_ALLOCATED),

@@ -5,7 +5,9 @@ Encodings: Arm ARM C4.1 (loads and stores; branches, exception generating and sy
 
 from __future__ import annotations
 
+from emu import engine
 from emu.machine import Machine
+from emu.trace import Barrier, Maintenance, barrier_name, tlbi_name
 
 # (mask, value, kind), first match counts
 _KINDS = (
@@ -41,3 +43,14 @@ def site_kind(word: int) -> str | None:
         if word & mask == value:
             return None if kind == "barrier" and word >> 5 & 7 not in _OP2_OF_BARRIERS else kind
     return None
+
+
+def decoded(word: int, pc: int, kind: str, machine: Machine) -> Barrier | Maintenance | None:
+    """What a barrier or TLBI at `pc` is, its operand being in the machine's registers; None for another instruction."""
+    if kind == "barrier":
+        name = barrier_name(word)
+        return Barrier(name, pc) if name else None
+    op1, crn, crm, op2, rt = (word >> at & mask for at, mask in ((16, 7), (12, 15), (8, 15), (5, 7), (0, 31)))
+    operation = tlbi_name(op1, crn, crm, op2)
+    operand = machine.cpu.read(engine.X[rt]) if rt < 31 else 0
+    return Maintenance(operation, operand, pc) if operation else None

@@ -26,10 +26,10 @@ from emu.cpus import fail_exclusive, is_store_exclusive
 from emu.judges import Judges
 from emu.machine import Machine
 from emu.races.actors import POISON, WAIT, Actor, Call, Event, Note, Progress, Scene
-from emu.races.sites import lock_sites, site_kind
+from emu.races.sites import decoded, lock_sites, site_kind
 from emu.races.states import Context, Running, State
-from emu.trace import Barrier, Maintenance, TableWrite, barrier_name, tlbi_name
 from emu.trace import Event as Seen
+from emu.trace import TableWrite
 from pgtable import Access
 from pgtable.bits import Words
 from pgtable.memory import PAGE
@@ -245,17 +245,9 @@ class Stepper:
 
     def _judge_site(self, pc: int, kind: str) -> None:
         """Tells the checkers of a barrier or TLBI that is about to be executed."""
-        machine = self.machines[self._running]
-        word = self._words[pc]
-        if kind == "barrier":
-            name = barrier_name(word)
-            if name:
-                self._judge(Barrier(name, pc))
-            return
-        op1, crn, crm, op2, rt = (word >> at & mask for at, mask in ((16, 7), (12, 15), (8, 15), (5, 7), (0, 31)))
-        operation = tlbi_name(op1, crn, crm, op2)
-        if operation:
-            self._judge(Maintenance(operation, machine.cpu.read(engine.X[rt]) if rt < 31 else 0, pc))
+        seen = decoded(self._words[pc], pc, kind, self.machines[self._running])
+        if seen:
+            self._judge(seen)
 
     def _judge(self, seen: Seen) -> None:
         assert self.judges
