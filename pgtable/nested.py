@@ -1,0 +1,183 @@
+"""EL1&0 through both stages: the reads of stage 1's tables go through stage 2, and so does its result.
+
+    walk = translate_nested(memory, regs, va, Access.write(el=1))
+    walk.ok, walk.ipa, walk.pa, walk.fault, walk.hpfar; print(walk)
+
+Rules of this file:
+- Addresses in stage 1's tables are IPAs. A stage 2 fault on the way to one ends the walk (`Fault.s1ptw`).
+- Attributes are stage 1's, limited or replaced by stage 2's (combine.py).
+Sources: pseudocode AArch64.FullTranslate, S1Walk, S2Translate, AArch64.FaultSyndrome (HPFAR_EL2); Arm ARM D8.1, D8.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pgtable.access import Access, AccessType
+from pgtable.combine import combined, combined_sh
+from pgtable.descriptors import LAST_LEVEL
+from pgtable.faults import Fault, FaultType
+from pgtable.memory import Memory
+from pgtable.params import Regime, WalkParams
+from pgtable.registers import Registers
+from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk
+from pgtable.walk import RawStep, Swap, Translation, Walk, walk
+
+READ_TABLE, WRITE_TABLE = Access(AccessType.READ), Access(AccessType.WRITE)
+_FIPA = (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE, FaultType.ACCESS_FLAG)  # and PERMISSION with S1PTW: IPAValid
+
+
+class NestedWalk(NamedTuple):
+    """A translation through both stages with its evidence.
+
+    `stage1`: its walk; its result is a fault of stage 2 where a table could not be reached. `tables`: the stage 2
+    walks of its descriptors, in order (also those of hardware updates). `stage2`: the walk of its result, None where
+    there was none. `result`: with the PA and the combined attributes, or the fault of either stage.
+    """
+
+    stage1: Walk
+    tables: tuple[Stage2Walk, ...]
+    stage2: Stage2Walk | None
+    result: Translation | Fault
+
+    @property
+    def ok(self) -> bool:
+        """The access translates."""
+        return isinstance(self.result, Translation)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault, None where the access translates."""
+        return self.result if isinstance(self.result, Fault) else None
+
+    @property
+    def pa(self) -> int:
+        """The PA; raises ValueError on a fault."""
+        if isinstance(self.result, Fault):
+            raise ValueError(f"VA {self.stage1.va:#x}: {self.result}")
+        return self.result.pa
+
+    @property
+    def ipa(self) -> int | None:
+        """Stage 1's result; where stage 2 faulted, the address that it was asked for; None where stage 1 faulted."""
+        if self.stage2 is not None:
+            return self.stage2.ipa
+        fault = self.fault
+        if fault is not None and fault.stage == 2:
+            return self.tables[-1].ipa
+        return None if fault is not None else self.stage1.pa
+
+    @property
+    def hpfar(self) -> int:
+        """HPFAR_EL2 of a stage 2 fault: FIPA in bits [43:4]; 0 where it is UNKNOWN, and for faults of stage 1."""
+        fault, ipa = self.fault, self.ipa
+        if fault is None or fault.stage != 2 or ipa is None:
+            return 0
+        valid = fault.type in _FIPA or (fault.s1ptw and fault.type is FaultType.PERMISSION)
+        return ipa >> 12 << 4 if valid else 0
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+class _Stage2Abort(Exception):  # noqa: N818  Arm's name
+    """Stage 2 refused an access to a stage 1 table."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+def translate_nested(
+    memory: Memory,
+    regs: Registers,
+    va: int,
+    access: Access | None = None,
+    *,
+    swap: Swap | None = None,
+    stage1_only: bool = False,
+) -> NestedWalk:
+    """What an access of EL1 or EL0 does under a hypervisor: a NestedWalk. With stage 2 off it is stage 1's alone.
+
+    `swap`: as for `translate`, for the tables of both stages. `stage1_only`: the result is an IPA, with stage 1's
+    attributes, as AT S1E1R gives; its table reads go through stage 2 all the same. Raises ValueError for a VA of more
+    than 64 bits.
+    """
+    if va >> 64:
+        raise ValueError(f"VA {va:#x}: must be 64 bits")
+    access = access or Access()
+    p, p2 = WalkParams.of(regs, Regime.EL10, va), Stage2Params.of(regs)
+    tables: list[Stage2Walk] = []
+    raw: list[RawStep] = []
+
+    def reach(ipa: int, how: Access) -> int:
+        found = stage2_walk(memory.fetch, p2, ipa, how, s1ptw=True, swap=swap)
+        tables.append(found)
+        if isinstance(found.result, Fault):
+            raise _Stage2Abort(found.result)
+        return found.result.pa
+
+    def fetch(ipa: int) -> int:
+        word = memory.fetch(reach(ipa, READ_TABLE))
+        raw.append((p.levels[len(raw)][0], ipa, word))
+        return word
+
+    def update(ipa: int, old: int, new: int) -> bool:
+        assert swap
+        done = swap(reach(ipa, WRITE_TABLE), old, new)
+        raw.clear()  # else it is read again
+        return done
+
+    try:
+        first = walk(fetch, p, va, access, update if swap else None)
+    except _Stage2Abort as abort:
+        stopped = Walk(va, access, p, raw, abort.fault)
+        return NestedWalk(stopped, tuple(tables), None, abort.fault)
+    if isinstance(first.result, Fault) or stage1_only or not p2.on:
+        return NestedWalk(first, tuple(tables), None, first.result)
+    second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
+    result = second.result if isinstance(second.result, Fault) else _combined(first, first.result, second.result, p2)
+    return NestedWalk(first, tuple(tables), second, result)
+
+
+def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Translation:
+    """Stage 1's result at stage 2's PA, with the attributes of both."""
+    p, leaf = first.params, p2.fmt.leaf(LAST_LEVEL)
+    off = p2.fetch_off if first.access.type is AccessType.FETCH else p2.data_off
+    attr = combined(s1.attr, leaf["MemAttr"].get(s2.word), fwb=p2.fwb, off=off)
+    own = s1.sh if s1.level is None else p.sh if p.fmt.lpa2 else p.page["SH"].get(s1.word)
+    sh2 = p2.sh if p2.fmt.lpa2 else leaf["SH"].get(s2.word)
+    return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr))
+
+
+# text
+
+
+def _lines(found: NestedWalk) -> Iterator[str]:
+    first = found.stage1
+    yield f"VA {first.va:#018x}: {first.access}, both stages of EL1&0"
+    reads = [table for table in found.tables if table.access is READ_TABLE]
+    for i, table in enumerate(reads):
+        yield from _stage2_lines(table, f"stage 1 table at IPA {table.ipa:#x}")
+        if i < len(first.raw):
+            level, ipa, word = first.raw[i]
+            kind = first.params.fmt.kind(word, level).name.lower()
+            yield f"  S1 L{level} IPA {ipa:#x} {word:#018x} {kind}"
+    if found.stage2 is not None:
+        yield from _stage2_lines(found.stage2, f"result, IPA {found.stage2.ipa:#x}")
+    if isinstance(found.result, Fault):
+        decided = f", by {found.result.cause}" if found.result.cause else ""
+        yield f"  = {'on the walk of stage 1: ' if found.result.s1ptw else ''}{found.result}{decided}"
+        return
+    yield f"  = PA {found.result.pa:#x}, {found.result.attributes}, shareability {found.result.sh}"
+
+
+def _stage2_lines(found: Stage2Walk, of: str) -> Iterator[str]:
+    yield f"  {of}"
+    for level, pa, word in found.raw:
+        yield f"    S2 L{level} {pa:#x} {word:#018x} {found.params.fmt.kind(word, level).name.lower()}"
+    if isinstance(found.result, Fault):
+        yield f"    {found.result}, by {found.result.cause}"
+    else:
+        yield f"    PA {found.result.pa:#x}"

@@ -1,0 +1,291 @@
+"""Stage 2: from an IPA to a PA, by the tables of VTTBR_EL2, for EL1&0.
+
+Rules of this file:
+- As in walk.py: the only effects are `fetch` and `swap`, a fault is returned, every descriptor read is kept.
+- The order of checks is the pseudocode's AArch64.S2Translate: registers and range, tables, leaf, permissions.
+- What stage 2 makes of stage 1's attributes is in combine.py.
+Sources: pseudocode AArch64.GetS2TTWParams, S2StartLevel, S2InvalidSL, S2InconsistentSL, S2TTBaseAddress, S2Walk,
+S2CheckPermissions; Arm ARM D8.2 (concatenated tables), D8.6 (S2AP, XN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from pgtable.access import Access, AccessType
+from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
+from pgtable.faults import Fault, FaultType
+from pgtable.features import Features
+from pgtable.memory import NoMemory
+from pgtable.registers import HCR_EL2, PA_BITS, SCTLR_EL1, TTBR, TTBR_52, VTCR_EL2, VTTBR_EL2, Registers
+from pgtable.walk import Fetch, RawStep, Swap, Update
+
+_TG0 = {0: Granule.K4, 1: Granule.K64, 2: Granule.K16}
+# The root's level by SL0, and with DS also by SL2 (4K): pseudocode S2StartLevel.
+_START = {
+    Granule.K4: {0: 2, 1: 1, 2: 0, 3: 3, 4: -1},
+    Granule.K16: {0: 3, 1: 2, 2: 1, 3: 0},
+    Granule.K64: {0: 3, 1: 2, 2: 1},
+}
+# The PA size below which a root level is not there (pseudocode S2InvalidSL); 4 is SL2 = 1 with SL0 = 0.
+_LEAST_PA = {Granule.K4: {2: 44, 4: 52}, Granule.K16: {2: 42, 3: 52}, Granule.K64: {2: 44}}
+CONCATENATED = 4  # bits: at most 16 root tables in a row
+
+READ, WRITE, EL1_EXECUTE, EL0_EXECUTE = 1, 2, 4, 8
+_EXECUTE = {0: EL1_EXECUTE | EL0_EXECUTE, 1: EL0_EXECUTE, 2: 0, 3: EL1_EXECUTE}  # by XN[1:0]
+
+
+@dataclass(frozen=True)
+class Stage2Params:
+    """What stage 2 of EL1&0 takes from HCR_EL2, VTCR_EL2 and VTTBR_EL2."""
+
+    features: Features
+    fmt: Format
+    on: bool  # HCR_EL2.VM, or DC
+    t0sz: int
+    sl: int  # SL0, or 4 for SL2
+    sl_ok: bool
+    txsz_ok: bool
+    ps_bits: int
+    wide: bool  # VTTBR holds a 52-bit address
+    vttbr: int
+    vmid: int
+    ha: bool
+    hd: bool
+    ptw: bool  # HCR_EL2.PTW: stage 1 tables in Device memory fault
+    fwb: bool
+    data_off: bool  # HCR_EL2.CD
+    fetch_off: bool  # HCR_EL2.ID
+    big_endian: bool
+    sh: int  # VTCR_EL2.SH0: what a leaf has with DS = 1
+
+    @classmethod
+    def of(cls, regs: Registers) -> Stage2Params:
+        """The parameters that the registers give; kept with `regs`."""
+        known: Stage2Params | None = regs._params.get("stage 2")
+        if known is None:
+            known = regs._params["stage 2"] = cls._read(regs)
+        return known
+
+    @classmethod
+    def _read(cls, regs: Registers) -> Stage2Params:
+        f, hcr, vtcr = regs.features, HCR_EL2.view(regs.HCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
+        granule = _TG0.get(int(vtcr.TG0), Granule.K4)
+        if granule.label not in f.granules:
+            granule = min((g for g in Granule if g.label in f.granules), key=lambda g: g.page_shift)
+        ds = bool(f.lpa2 and granule is not Granule.K64 and vtcr.DS)
+        sl = int(vtcr.SL0) | (4 if ds and granule is Granule.K4 and vtcr.SL2 else 0)
+        limit = f.pa_bits if granule is Granule.K64 or ds else min(48, f.pa_bits)
+        most = (47 if granule is Granule.K64 else 48) if f.ttst else 39
+        t0sz = int(vtcr.T0SZ)
+        sizes = f.pa_bits if granule is Granule.K64 or f.lpa2 else min(48, f.pa_bits)
+        vmid = VTTBR_EL2["VMID"].get(regs.VTTBR_EL2)
+        return cls(
+            features=f,
+            fmt=Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits == 52),
+            on=bool((hcr.VM or hcr.DC) and not (hcr.E2H and hcr.TGE)),
+            t0sz=t0sz,
+            sl=sl,
+            sl_ok=sl in _START[granule] and f.pa_bits >= _LEAST_PA[granule].get(sl, 0) and _allowed(granule, sl, ds, f),
+            txsz_ok=64 - limit <= t0sz <= most,
+            ps_bits=min(PA_BITS[int(vtcr.PS)], sizes),
+            wide=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[int(vtcr.PS)] == 52),
+            vttbr=regs.VTTBR_EL2,
+            vmid=vmid if vtcr.VS else vmid & 0xFF,
+            ha=bool(f.hafdbs and vtcr.HA),
+            hd=bool(f.hafdbs >= 2 and vtcr.HA and vtcr.HD),
+            ptw=bool(hcr.PTW),
+            fwb=bool(hcr.FWB),
+            data_off=bool(hcr.CD),
+            fetch_off=bool(hcr.ID),
+            big_endian=bool(SCTLR_EL1["EE"].get(regs.SCTLR_EL2)),
+            sh=int(vtcr.SH0),
+        )
+
+    @property
+    def ia_bits(self) -> int:
+        """Bits of the IPA that are translated."""
+        return 64 - self.t0sz
+
+    @cached_property
+    def start_level(self) -> int:
+        """The level of the root tables."""
+        return _START[self.fmt.granule].get(self.sl, LAST_LEVEL)
+
+    @cached_property
+    def consistent(self) -> bool:
+        """T0SZ and SL agree: one to sixteen root tables (pseudocode S2InconsistentSL)."""
+        granule = self.fmt.granule
+        least = (LAST_LEVEL - self.start_level) * granule.stride + granule.page_shift + 1
+        return least <= self.ia_bits <= least + granule.stride - 1 + CONCATENATED
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, int, int], ...]:
+        """(level, shift, index mask) from the root down; the root's index goes through all concatenated tables."""
+        granule, rows = self.fmt.granule, []
+        for level in range(self.start_level, LAST_LEVEL + 1):
+            shift = granule.level_shift(level)
+            width = self.ia_bits - shift if level == self.start_level else granule.stride
+            rows.append((level, shift, (1 << width) - 1))
+        return tuple(rows)
+
+    @cached_property
+    def root_tables(self) -> int:
+        """How many tables are concatenated at the root; 1 for a root that is smaller than a table."""
+        return max(1, self.levels[0][2] + 1 >> self.fmt.granule.stride)
+
+    @cached_property
+    def base(self) -> int:
+        """The PA of the first root table (pseudocode S2TTBaseAddress): aligned to the size of all of them."""
+        size = 8 * (self.levels[0][2] + 1)
+        size = max(size, 64) if self.wide else size
+        return (TTBR_52 if self.wide else TTBR)["BADDR"].get(self.vttbr) & -size
+
+    @cached_property
+    def over(self) -> int:
+        """Address bits that an output address must not have."""
+        return (1 << 64) - (1 << self.ps_bits)
+
+    def run_length(self, level: int) -> int:
+        """Entries in a contiguous run at `level`."""
+        return CONTIGUOUS_RUN[self.fmt.granule].get(level, 1)
+
+
+def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
+    """SL0 = 3 needs FEAT_TTST (4K), or DS (16K); with SL2 every other SL0 is reserved."""
+    if granule is Granule.K4:
+        return sl != 3 or f.ttst
+    return sl != 3 or (granule is Granule.K16 and ds)
+
+
+class Stage2(NamedTuple):
+    """Where an IPA goes: `word` and `level` of the leaf (level None with stage 2 off), permission bits READ ..."""
+
+    pa: int
+    level: int | None
+    word: int
+    perms: int
+
+
+class Stage2Walk(NamedTuple):
+    """A stage 2 walk with its evidence. `raw`: (level, PA, word) of each descriptor; `s1ptw`: of a stage 1 table."""
+
+    ipa: int
+    access: Access
+    s1ptw: bool
+    params: Stage2Params
+    raw: tuple[RawStep, ...]
+    result: Stage2 | Fault
+    updates: tuple[Update, ...]
+
+
+def stage2_walk(
+    fetch: Fetch, p: Stage2Params, ipa: int, access: Access, *, s1ptw: bool = False, swap: Swap | None = None
+) -> Stage2Walk:
+    """What stage 2 makes of `ipa`. `access`: of the guest; `s1ptw`: a read (or update) of a stage 1 descriptor."""
+    while True:
+        raw: list[RawStep] = []
+        updates: list[Update] = []
+        result = _translate(fetch, p, ipa, access, s1ptw, raw, updates)
+        if swap is None or all(swap(*update) for update in updates):
+            return Stage2Walk(ipa, access, s1ptw, p, tuple(raw), result, tuple(updates))
+
+
+def _fault(kind: FaultType, level: int, s1ptw: bool, cause: str, *, write: bool = False) -> Fault:
+    return Fault(kind, level, stage=2, s1ptw=s1ptw, write=write, cause=cause)
+
+
+def _translate(
+    fetch: Fetch, p: Stage2Params, ipa: int, access: Access, s1ptw: bool, raw: list[RawStep], updates: list[Update]
+) -> Stage2 | Fault:
+    if not p.on:
+        return Stage2(ipa, None, 0, READ | WRITE | EL1_EXECUTE | EL0_EXECUTE)
+    for ok, cause in ((p.txsz_ok, "T0SZ"), (p.sl_ok, "SL0"), (p.consistent, "SL0"), (not ipa >> p.ia_bits, "range")):
+        if not ok:
+            return _fault(FaultType.TRANSLATION, 0, s1ptw, cause)
+    table, above = p.base, 0
+    for level, shift, mask in p.levels:
+        pa = table + ((ipa >> shift & mask) << 3)
+        if table & p.over:
+            return _fault(FaultType.ADDRESS_SIZE, above, s1ptw, "table" if raw else "VTTBR")
+        try:
+            word = fetch(pa)
+        except NoMemory:
+            return _fault(FaultType.EXTERNAL_ON_WALK, level, s1ptw, "memory")
+        if p.big_endian:
+            word = int.from_bytes(word.to_bytes(8, "big"), "little")
+        raw.append((level, pa, word))
+        kind = p.fmt.kind(word, level)
+        if kind is Kind.INVALID:
+            return _fault(FaultType.TRANSLATION, level, s1ptw, "descriptor")
+        if kind is not Kind.TABLE:
+            return _leaf(p, ipa, access, s1ptw, (level, pa, word), updates)
+        table, above = p.fmt.table(LAST_LEVEL - 1)["TA"].get(word), level
+    raise AssertionError("level 3 has no tables")
+
+
+def _leaf(
+    p: Stage2Params, ipa: int, access: Access, s1ptw: bool, step: RawStep, updates: list[Update]
+) -> Stage2 | Fault:
+    level, at, word = step
+    layout, size = p.fmt.leaf(level), p.fmt.granule.level_size(level)
+    oa = layout["OA"].get(word)
+    if oa & p.over:
+        return _fault(FaultType.ADDRESS_SIZE, level, s1ptw, "OA")
+    if not layout["AF"].get(word) and not p.ha:
+        return _fault(FaultType.ACCESS_FLAG, level, s1ptw, "AF")
+    perms = permissions(p, word)
+    missing = needs(access, s1ptw) & ~perms
+    if missing:
+        return _fault(FaultType.PERMISSION, level, s1ptw, "permission", write=_is_write(access) and not missing & READ)
+    if p.ptw and s1ptw and is_device(p, word):
+        return _fault(FaultType.PERMISSION, level, s1ptw, "PTW")
+    new = _updated(p, word, access, s1ptw)
+    if new != word:
+        updates.append(Update(at, word, new))
+    return Stage2(oa & -size | ipa & size - 1, level, word, perms)
+
+
+def permissions(p: Stage2Params, word: int) -> int:
+    """READ, WRITE, EL1_EXECUTE and EL0_EXECUTE of a leaf (pseudocode S2DirectBasePermissions)."""
+    layout = p.fmt.leaf(LAST_LEVEL)
+    allowed = int(layout["S2AP"].get(word))
+    if p.hd and layout["DBM"].get(word):
+        allowed |= WRITE
+    return allowed | _EXECUTE[layout["XN"].get(word)]
+
+
+def needs(access: Access, s1ptw: bool) -> int:
+    """The permissions that an access must have: a read for a stage 1 descriptor."""
+    if s1ptw:
+        return READ | (WRITE if access.type is AccessType.WRITE else 0)
+    if access.type is AccessType.FETCH:
+        return EL1_EXECUTE if access.el else EL0_EXECUTE
+    if access.type is AccessType.ATOMIC:
+        return READ | WRITE
+    if access.type in (AccessType.WRITE, AccessType.AT_WRITE, AccessType.GCS_WRITE, AccessType.INVALIDATE):
+        return WRITE
+    return 0 if access.type is AccessType.AT_ANY else READ
+
+
+def _is_write(access: Access) -> bool:
+    return bool(needs(access, False) & WRITE)
+
+
+def is_device(p: Stage2Params, word: int) -> bool:
+    """MemAttr says Device."""
+    attr = p.fmt.leaf(LAST_LEVEL)["MemAttr"].get(word)
+    return not attr & 4 if p.fwb else attr < 4
+
+
+def _updated(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> int:
+    """The leaf after hardware's update."""
+    layout = p.fmt.leaf(LAST_LEVEL)
+    if not p.ha or (access.is_at and not p.features.at_updates and not s1ptw):
+        return word
+    new = word | layout["AF"].mask
+    if p.hd and layout["DBM"].get(word) and needs(access, s1ptw) & WRITE and not access.is_at:
+        new |= layout["S2AP"].put(0, WRITE)
+    return new
