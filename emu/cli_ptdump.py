@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emu.cli import CommandError
 from emu.cli_run import bad_input
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ def check_booted(path: str, cases: int, seed: int, as_json: bool) -> int:
     from emu.snapshot import Snapshot
 
     with bad_input(), _Progress() as progress:
-        report = run(Snapshot.load(path), cases, seed, progress=progress)
+        try:
+            report = run(Snapshot.load(path), cases, seed, progress=progress)
+        except RuntimeError as error:  # the kernel has no pages for the copy of its tables
+            raise CommandError(f"check ptdump: {error}") from None
     click.echo(json.dumps(booted_json(report, seed), indent=1) if as_json else booted_text(report, seed))
     return 1 if report.differences else 0
 

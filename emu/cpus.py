@@ -73,9 +73,9 @@ def _cold(first: Machine, added: list[Machine]) -> Machine:
 
 def _warm(first: WarmMachine) -> Machine:
     types, page = first.types, first.plan.page_size
-    stack = _pages(first, STACK_PAGES * page)
+    stack = kernel_pages(first, STACK_PAGES * page)
     size = types["task_struct"].size
-    task = _pages(first, size)
+    task = kernel_pages(first, size)
     first.write(task, first.read(first.plan.task, size))
     first.write(task + types.btf.offset("task_struct", "stack"), stack.to_bytes(8, "little"))
     assert isinstance(first.plan, WarmPlan)
@@ -85,10 +85,12 @@ def _warm(first: WarmMachine) -> Machine:
     return machine
 
 
-def _pages(first: Machine, size: int) -> int:
+def kernel_pages(first: Machine, size: int) -> int:
+    """The VA of `size` bytes of a booted kernel's own pages, zeros; its linear map has them already, so that no table
+    changes. Raises RuntimeError where it has none to give."""
     va = first.call("alloc_pages_exact", size, GFP_KERNEL_ZERO).ok().value
     if not va:
-        raise RuntimeError(f"alloc_pages_exact({size:#x}) gives nothing: this kernel has no memory for another CPU")
+        raise RuntimeError(f"alloc_pages_exact({size:#x}) gives nothing: this kernel has no memory left for it")
     return va
 
 

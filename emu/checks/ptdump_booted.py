@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu.checks.ptdump import AREA, MESSAGES, TIMEOUT, Dump, blocks_of, compare, hand_over, stopped
+from emu.cpus import kernel_pages
 from emu.linux_dump import LinuxTables, marker_table
 from emu.machine import CallResult
 from emu.snapshot import Snapshot
@@ -37,7 +38,6 @@ from pgtable.descriptors import LAST_LEVEL
 from pgtable.leaves import halves, leaves, tables
 
 MIB = 1 << 20
-GFP_KERNEL = 0xCC0  # include/linux/gfp_types.h: may reclaim, do I/O and call file systems
 BUFFER = 1 * MIB  # bytes for a text
 
 _CHECKED = re.compile(r"Checked W\+X mappings: (?:passed|FAILED, (\d+) W\+X pages found, (\d+) non-UXN pages found)")
@@ -106,7 +106,7 @@ class Theirs:
     def __init__(self, snapshot: Snapshot, markers: tuple[AddrMarker, ...]) -> None:
         self.machine: WarmMachine = snapshot.machine(mmu="model" if snapshot.lpa2 else "cpu")
         self.btf = snapshot.image.btf
-        area = self._pages(AREA + BUFFER)
+        area = kernel_pages(self.machine, AREA + BUFFER)
         self.buffer = area + AREA
         self.seq, self.info = hand_over(
             self.machine,
@@ -119,16 +119,12 @@ class Theirs:
         self._onto_copy(snapshot)
         self.state = self.machine.save()
 
-    def _pages(self, size: int) -> int:
-        """Pages of the kernel's own, in its linear map: giving them out changes no table."""
-        return self.machine.call("alloc_pages_exact", size, GFP_KERNEL, record="nothing").ok().value
-
     def _onto_copy(self, snapshot: Snapshot) -> None:
         """The CPU's TTBR1_EL1 points to a copy of the tables; init_mm.pgd stays where it was."""
         memory, params = self.machine.memory, _upper(snapshot)
         page = params.fmt.granule.page_size
         level_of = _table_pages(memory, snapshot)
-        first = translate(memory, snapshot.registers, self._pages(len(level_of) * page)).pa
+        first = translate(memory, snapshot.registers, kernel_pages(self.machine, len(level_of) * page)).pa
         moved = {old: first + i * page for i, old in enumerate(level_of)}
         for old, level in level_of.items():
             words = memory.words(old, page // 8).copy()
