@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from emu.checkers import Checkers
 from emu.cpus import more_cpus
-from emu.judges import Judges
 from emu.machine import Machine
 from emu.races.actors import WAIT, Actor, Call, Event, Note, Scene, Step, call
 from emu.races.explore import Explorer, Outcome, Schedule
@@ -123,13 +123,13 @@ class Race:
         machines = [next(extra) if i in callers[1:] else machine for i in range(len(actors))]
         tables = [r for at in watch for r in ([at] if isinstance(at, tuple) else table_ranges(machine, at))]
         registers = [_with_bbm(m.registers(), bbm) for m in machines]
-        judges = Judges(machine.memory, registers, policy=judge, symbol=self._named) if judge else None
+        checkers = Checkers(machine.memory, registers, policy=judge, symbol=self._named) if judge else None
         self.stepper = stepper = Stepper(
             machines,
             self.actors,
             sorted(set(tables)),
             interrupt=mode == "interrupt",
-            judges=judges,
+            checkers=checkers,
             quiet=frozenset(quiet),
         )
         for name, address in (frees or {}).items():

@@ -22,8 +22,8 @@ import os
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from emu import engine
+from emu.checkers import Checkers
 from emu.engine import SystemInstruction
-from emu.judges import Judges
 from emu.trace import Event as Seen
 from pgtable.access import Access
 from pgtable.memory import Mark
@@ -66,7 +66,7 @@ class Trace:
         self.stale = False  # Unicorn's TLBs may hold what an event has ended
         self._close = isinstance(out, (str, os.PathLike))
         self._out: IO[str] | None = open(out, "w") if isinstance(out, (str, os.PathLike)) else out  # noqa: SIM115
-        self.judges: Judges | None = None
+        self.checkers: Checkers | None = None
         self._known: Mark | None = None
         self._number = 0
         self._write_line({"schema": SCHEMA})
@@ -83,8 +83,8 @@ class Trace:
     @property
     def tables(self) -> list[tuple[int, int]]:
         """The table pages: (PA, bytes)."""
-        assert self.judges
-        tree = self.judges.tree
+        assert self.checkers
+        tree = self.checkers.tree
         return [(pa, tree.page) for pa in tree.pages]
 
     def begin(self) -> Moment:
@@ -103,7 +103,7 @@ class Trace:
         first = self.machines[0]
         registers: list[Registers] = [machine.registers() for machine in self.machines]
         policy = self.policy if first.mmu else None
-        self.judges = Judges(first.memory, registers, policy=policy, symbol=first.describe)
+        self.checkers = Checkers(first.memory, registers, policy=policy, symbol=first.describe)
         self.stale = True
 
     def end(self, cpu: int, pc: int, *, returned: bool) -> None:
@@ -120,51 +120,51 @@ class Trace:
 
     def saw(self, cpu: int, seen: Seen) -> None:
         """What a hook saw; a store before memory has it."""
-        assert self.judges
-        event = self.judges.tree.event(cpu, seen)
+        assert self.checkers
+        event = self.checkers.tree.event(cpu, seen)
         if event is None:
             self._say(cpu, seen.pc, {"kind": "barrier", "name": str(seen)})
             return
         self.feed(event)
         if isinstance(event, Write):
-            self._follow(self.judges.tree.linked(event))
+            self._follow(self.checkers.tree.linked(event))
 
     def _follow(self, pages: list[int]) -> None:
         """Pages that have become tables."""
-        assert self.judges
+        assert self.checkers
         for page in pages:
             for machine in self.machines:
-                machine.follow(page, self.judges.tree.page)
+                machine.follow(page, self.checkers.tree.page)
 
     def register(self, cpu: int, pc: int, name: str, value: int) -> None:
         """An MSR of a translation register, before it is executed."""
-        assert self.judges
+        assert self.checkers
         self.feed(SysregWrite(cpu, name, value, pc))
         if name.startswith("TTBR"):
-            self._follow(self.judges.tree.follow(self.machines[cpu].registers().replace(**{name: value})))
+            self._follow(self.checkers.tree.follow(self.machines[cpu].registers().replace(**{name: value})))
 
     def feed(self, event: Event, kind: str = "") -> None:
         """An event, to both checkers and to the file."""
-        assert self.judges
+        assert self.checkers
         self.events.append(event)
         self._say(event.cpu, event.pc, self._fields(event, kind))
         self.stale = True
-        self.judges.feed(event)
+        self.checkers.feed(event)
         self._note()
 
     def access(self, cpu: int, pc: int, regs: Registers, va: int, access: Access, swap: Swap | None) -> Walk:
         """An access through the TLB model; `regs` for PSTATE."""
-        assert self.judges
-        assert self.judges.tlb
-        self.judges.tlb.set_pstate(cpu, PAN=regs.PAN, UAO=regs.UAO)
-        walk = self.judges.access(cpu, va, access, pc, swap)
+        assert self.checkers
+        assert self.checkers.tlb
+        self.checkers.tlb.set_pstate(cpu, PAN=regs.PAN, UAO=regs.UAO)
+        walk = self.checkers.access(cpu, va, access, pc, swap)
         self._note()
         return walk
 
     def _note(self) -> None:
-        """Keeps what the judges have found."""
-        assert self.judges
-        for finding in self.judges.taken() if self.judges.fresh else ():
+        """Keeps what the checkers have found."""
+        assert self.checkers
+        for finding in self.checkers.taken() if self.checkers.fresh else ():
             if finding not in self.findings:
                 self.findings.append(finding)
                 self._say(finding.cpu, finding.pc, {"kind": "finding", **finding_json(finding)})
@@ -198,9 +198,9 @@ class Trace:
 
     def _place(self, va: int | None, level: int, old: int, new: int) -> dict[str, Any]:
         """Which descriptor, and which of its fields change."""
-        if va is None or self.judges is None:
+        if va is None or self.checkers is None:
             return {}
-        fmt = self.judges.tree.halves[bool(va & RANGE_BIT)].fmt
+        fmt = self.checkers.tree.halves[bool(va & RANGE_BIT)].fmt
         fields = fmt.layout(new if new & 1 else old, level).changed(old, new)
         size = fmt.granule.level_size(level)
         where = {"va": f"{va:#018x}", "size": size, "level": level}
@@ -246,7 +246,7 @@ class Tap:
     @property
     def has_tlb(self) -> bool:
         """Accesses go through the TLB model."""
-        return self._trace.judges is not None and self._trace.judges.tlb is not None
+        return self._trace.checkers is not None and self._trace.checkers.tlb is not None
 
     @property
     def tables(self) -> list[tuple[int, int]]:

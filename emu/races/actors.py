@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from emu.judges import Judges
+from emu.checkers import Checkers
 from emu.machine import Machine
 from emu.trace import Barrier, Maintenance
 from pgtable import Access, Walk
@@ -110,10 +110,10 @@ class Scene:
         results: tuple[int, ...],
         freed: frozenset[int],
         cpu: int = 0,
-        judges: Judges | None = None,
+        checkers: Checkers | None = None,
     ) -> None:
         self.machine = machine
-        self._cpu, self._judges = cpu, judges
+        self._cpu, self._checkers = cpu, checkers
         self.memory = machine.memory
         self.results = results
         self.freed = freed
@@ -128,10 +128,10 @@ class Scene:
     def store(self, pa: int, word: int) -> None:
         """Writes the word at `pa`; a finding if its page was freed."""
         self._check(pa, "written")
-        if self._judges:
-            tree = self._judges.tree
+        if self._checkers:
+            tree = self._checkers.tree
             event = tree.changed(self._cpu, 0, pa, self.memory.fetch(pa), word)
-            self._judges.feed(event)
+            self._checkers.feed(event)
             tree.linked(event)
         self.memory.store(pa, word)
         self.written.add(pa)
@@ -154,8 +154,8 @@ class Scene:
     def access(self, va: int, access: Access | None = None) -> Walk:
         """An access by this CPU: through the TLB model where the race has one, else by the tables."""
         wanted = access or Access.read(el=1)
-        if self._judges and self._judges.tlb:
-            return self._judges.access(self._cpu, va, wanted)
+        if self._checkers and self._checkers.tlb:
+            return self._checkers.access(self._cpu, va, wanted)
         return self.machine.translate(va, wanted)
 
     def tlbi(self, operation: str, va: int = 0, *, asid: int = 0) -> None:
@@ -170,12 +170,12 @@ class Scene:
 
     def returns(self) -> None:
         """What this actor changed is done: what is unclean now is a finding."""
-        if self._judges:
-            self._judges.feed(Return(self._cpu))
+        if self._checkers:
+            self._checkers.feed(Return(self._cpu))
 
     def _tell(self, event: Maintenance | Barrier) -> None:
-        if self._judges:
-            self._judges.saw(self._cpu, event)
+        if self._checkers:
+            self._checkers.saw(self._cpu, event)
 
     def note(self, kind: str, text: str) -> None:
         """A finding."""

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from emu import engine
+from emu.checkers import Checkers
 from emu.cpus import fail_exclusive, is_store_exclusive
-from emu.judges import Judges
 from emu.machine import Machine
 from emu.races.actors import POISON, WAIT, Actor, Call, Event, Note, Progress, Scene
 from emu.races.sites import decoded, lock_sites, site_kind
@@ -49,7 +49,7 @@ class Learned(Exception):  # noqa: N818  no error: the search starts again
 class Stepper:
     """Runs `actors[i]` on `machines[i]`; `tables`: the PA ranges whose accesses are switch points.
 
-    `interrupt`: all but the first actor run on the first's CPU, in a softirq. `judges`: the checkers of TLB
+    `interrupt`: all but the first actor run on the first's CPU, in a softirq. `checkers`: the checkers of TLB
     maintenance, which are told of everything that actors do. `quiet`: kinds of sites ("barrier", "tlbi") before which
     nobody else gets a turn.
     """
@@ -61,10 +61,10 @@ class Stepper:
         tables: Ranges,
         *,
         interrupt: bool = False,
-        judges: Judges | None = None,
+        checkers: Checkers | None = None,
         quiet: frozenset[str] = frozenset(),
     ) -> None:
-        self.judges, self.quiet = judges, quiet
+        self.checkers, self.quiet = checkers, quiet
         self._words: dict[int, int] = {}  # of the sites
         self.machines, self.actors, self.interrupt = list(machines), list(actors), interrupt
         self.memory = machines[0].memory
@@ -89,7 +89,7 @@ class Stepper:
         self._now = Running()
         self._begin = self.memory.written()
         self._given = machines[0].first._pages_given
-        self._judged = judges.snapshot() if judges else None
+        self._checked = checkers.snapshot() if checkers else None
         self._contexts = tuple(Context(machine.cpu.context()) for machine in machines)
         for machine in self._cpus:
             machine.cpu.on_new_block(partial(self._new_block, machine))
@@ -202,7 +202,7 @@ class Stepper:
             self._new.add("site")
         if kind in (None, "memory"):
             self._now.events += 1
-        if self.judges and value is not None:
+        if self.checkers and value is not None:
             self._judge(TableWrite(pa, value & (1 << 8 * size) - 1, pc, size))
         if self.trace is not None:
             self._trace_access(pc, pa, size, value)
@@ -219,7 +219,7 @@ class Stepper:
     def _at_site(self, pc: int) -> bool:
         now, kind = self._now, self.sites[pc]
         if kind in self.quiet:
-            if self.judges:
+            if self.checkers:
                 self._judge_site(pc, kind)
             return True
         if kind == "wait" and now.skip != pc:
@@ -230,7 +230,7 @@ class Stepper:
         now.skip = 0
         if kind not in ("memory", "wait"):
             now.events += 1
-            if self.judges and kind in ("barrier", "tlbi"):
+            if self.checkers and kind in ("barrier", "tlbi"):
                 self._judge_site(pc, kind)
             if self.trace is not None:
                 self.trace.append(Event(self._name, now.events, kind, pc, ""))
@@ -250,15 +250,15 @@ class Stepper:
             self._judge(seen)
 
     def _judge(self, seen: Seen) -> None:
-        assert self.judges
-        event = self.judges.saw(self._cpu, seen)
+        assert self.checkers
+        event = self.checkers.saw(self._cpu, seen)
         if isinstance(event, Write):
-            self.judges.tree.linked(event)  # a new table is known from now on; its words are no switch points
+            self.checkers.tree.linked(event)  # a new table is known from now on; its words are no switch points
         self._note_findings()
 
     def _note_findings(self) -> None:
-        assert self.judges
-        for finding in self.judges.taken():
+        assert self.checkers
+        for finding in self.checkers.taken():
             self._note("tlb" if finding.rule in OF_TLB else "bbm", str(finding))
 
     @property
@@ -279,8 +279,8 @@ class Stepper:
         """From a stub: the table page at `pa` is given back, and filled with a pattern. Its use is a finding."""
         page = self.machines[0].plan.page_size
         self._now.freed |= {pa & -page}
-        if self.judges:
-            self.judges.feed(TableFree(pa & -page, self._cpu))
+        if self.checkers:
+            self.checkers.feed(TableFree(pa & -page, self._cpu))
             self._note_findings()
         self.memory.words(pa & -page, page // 8)[:] = POISON
         for at in range(pa & -page, (pa & -page) + page, PAGE):
@@ -314,8 +314,8 @@ class Stepper:
         """The state in which nothing has run."""
         self.memory.rewind(self._begin)
         self.machines[0].first._pages_given = self._given
-        if self.judges:
-            self.judges.restore(self._judged)
+        if self.checkers:
+            self.checkers.restore(self._checked)
         self._loaded = [None] * len(self.machines)
         progress = tuple(Progress() for _ in self.actors)
         return self._made(self._contexts, progress, frozenset(), (), self.machines[0].first._pages_given)
@@ -329,14 +329,14 @@ class Stepper:
         given: int,
     ) -> State:
         pages = np.concatenate([words[numbers] for words, numbers in self._views])
-        judged = (self.judges.snapshot(), self.judges.key()) if self.judges else (None, None)
+        judged = (self.checkers.snapshot(), self.checkers.key()) if self.checkers else (None, None)
         self._at = State(pages, contexts, actors, freed, notes, given, *judged)
         return self._at
 
     def restore(self, state: State) -> None:
         """Memory as it is in `state`, and what the checkers know."""
-        if self.judges:
-            self.judges.restore(state.judged)
+        if self.checkers:
+            self.checkers.restore(state.judged)
         if state is self._at:
             return
         done = 0
@@ -410,8 +410,8 @@ class Stepper:
     def _finished(self, actor: int, progress: Progress, result: int) -> Progress:
         if self.interrupt and actor:
             self._add_preempt_count(-SOFTIRQ_OFFSET)
-        if self.judges:
-            self.judges.feed(Return(self._cpu))
+        if self.checkers:
+            self.checkers.feed(Return(self._cpu))
             self._note_findings()
         if self.trace is not None:
             self.trace.append(Event(self._name, progress.events, "end", 0, f"returns {result:#x}"))
@@ -420,9 +420,9 @@ class Stepper:
     def _python_step(self, state: State, actor: int, progress: Progress) -> State:
         work = self.actors[actor].work[progress.operation]
         assert not isinstance(work, Call)
-        scene = Scene(self.machines[actor], progress.results, state.freed, self._cpu, self.judges)
+        scene = Scene(self.machines[actor], progress.results, state.freed, self._cpu, self.checkers)
         result = work.action(scene) or 0
-        if self.judges:
+        if self.checkers:
             self._note_findings()
         for pa in scene.written:
             self._written(pa, 8, 0)

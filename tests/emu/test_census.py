@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_contexts_are_those_that_linux_calls_these_functions_in(kernel: str) -> 
 @pytest.mark.qemu
 def test_kfence_is_called_in_softirqs() -> None:
     found = census("debian:6.12", ("set_memory_valid",), command_line="kfence.sample_interval=10")
-    assert {row.context for row in found.rows} >= {Context.SOFTIRQ, Context.IRQS_OFF, Context.PROCESS}
+    assert {row.context for row in found.rows} >= {Context.SOFTIRQ, Context.PROCESS}
     assert {row.locked for row in found.rows if row.context is Context.BOOTING} == {0}
 
 
@@ -298,11 +299,17 @@ def test_sigterm_ends_qemu_and_leaves_no_file(command: str, tmp_path: Path) -> N
         text=True,
     )
     assert process.stderr
-    assert process.stderr.readline().startswith("booting")
-    (folder,) = tmp_path.glob("pgtable-boot-*")
-    assert processes_of(folder)
-    process.terminate()
-    _, said = process.communicate(timeout=20)
+    try:
+        assert process.stderr.readline().startswith("booting")
+        (folder,) = tmp_path.glob("pgtable-boot-*")
+        end = time.monotonic() + 20
+        while not processes_of(folder):  # in the middle of an exec a process has no command line yet
+            assert time.monotonic() < end, "no QEMU"
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert [line for line in said.splitlines() if not re.match(r"console: |\d+ calls", line)] == []
     assert list(tmp_path.iterdir()) == []

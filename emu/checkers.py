@@ -22,7 +22,7 @@ from pgtable.tlb_events import Event, Finding, Symbol, Write
 from pgtable.walk import Swap, Walk
 
 
-class Judges:
+class Checkers:
     """`registers`: of each CPU. `policy`: how TLBs behave, None for no TLB model. `fresh`: findings not yet taken."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Judges:
         self.tree = TableEvents(memory, registers[0])
         self.fresh: list[Finding] = []
         count = len(registers)
-        self._checkers = [
+        self._halves = [
             (upper, Checker(p, cpus=count, memory=memory, registers=registers[0], symbol=symbol))
             for upper, p in self.tree.halves.items()
         ]
@@ -51,7 +51,7 @@ class Judges:
 
     def feed(self, event: Event) -> None:
         """An event of any kind."""
-        for upper, checker in self._checkers:
+        for upper, checker in self._halves:
             if not isinstance(event, Write) or event.va is None or bool(event.va & RANGE_BIT) == upper:
                 checker.feed(event)
                 self._take(checker.findings)
@@ -80,13 +80,13 @@ class Judges:
     def snapshot(self) -> Any:
         """The state, for `restore`; findings that were not taken are not in it."""
         tlb = self.tlb.snapshot() if self.tlb else None
-        return self.tree.snapshot(), tuple(checker.snapshot() for _, checker in self._checkers), tlb
+        return self.tree.snapshot(), tuple(checker.snapshot() for _, checker in self._halves), tlb
 
     def restore(self, state: Any) -> None:
         """Back to a state."""
-        tree, checkers, tlb = state
+        tree, halves, tlb = state
         self.tree.restore(tree)
-        for (_, checker), known in zip(self._checkers, checkers, strict=True):
+        for (_, checker), known in zip(self._halves, halves, strict=True):
             checker.restore(known)
         if self.tlb:
             self.tlb.restore(tlb)
@@ -94,4 +94,4 @@ class Judges:
 
     def key(self) -> tuple[Any, ...]:
         """Hashable, equal for states that will judge alike."""
-        return tuple(checker.key() for _, checker in self._checkers), self.tlb.key() if self.tlb else None
+        return tuple(checker.key() for _, checker in self._halves), self.tlb.key() if self.tlb else None
