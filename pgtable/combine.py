@@ -9,19 +9,23 @@ from __future__ import annotations
 from pgtable.attributes import FORCED_OUTER, INNER_SHAREABLE, NON_SHAREABLE, OUTER_SHAREABLE, is_device
 
 NC, WT, WB = 1, 2, 3  # cacheability as MemAttr has it, the weakest first
-_RA, _WA = 2, 1  # allocation hints of a nibble
+
+
+def says_device(memattr: int, *, fwb: bool) -> bool:
+    """Stage 2's MemAttr is a Device type, its two lower bits."""
+    return (memattr & 7 if fwb else memattr) < 4
 
 
 def combined(attr: int, memattr: int, *, fwb: bool, off: bool = False) -> int:
     """Stage 1's byte under stage 2's MemAttr. `off`: HCR_EL2.CD or ID makes stage 2's Normal memory non-cacheable."""
-    return _forced(attr, memattr, off) if fwb else _weaker(attr, memattr, off)
+    if says_device(memattr, fwb=fwb):
+        device = (memattr & 3) << 2
+        return min(device, attr & 0xC) if is_device(attr) else device
+    return _forced(attr, memattr & 7, off) if fwb else _weaker(attr, memattr, off)
 
 
 def _weaker(attr: int, memattr: int, off: bool) -> int:
-    """Without FWB: the more restrictive of the two, hints and transience being stage 1's."""
-    if memattr < 4:
-        device = memattr << 2
-        return min(device, attr & 0xC) if is_device(attr) else device
+    """Without FWB, MemAttr being Normal: the more restrictive, hints and transience being stage 1's."""
     if is_device(attr):
         return attr & 0xC
     outer, inner = (NC, NC) if off else (memattr >> 2 & 3, memattr & 3)
@@ -42,12 +46,8 @@ def _limited(nibble: int, most: int) -> int:
     return nibble & 0b1011 | (4 if kind == WB else 0)
 
 
-def _forced(attr: int, memattr: int, off: bool) -> int:
-    """With FWB: stage 2 may force."""
-    kind = memattr & 7
-    if kind < 4:
-        device = kind << 2
-        return min(device, attr & 0xC) if is_device(attr) else device
+def _forced(attr: int, kind: int, off: bool) -> int:
+    """With FWB, MemAttr being Normal: stage 2 may force non-cacheable (5) or write-back (6)."""
     if kind == 5 or (off and kind != 7):
         return attr & 0xC if is_device(attr) else 0x44
     if kind == 6:

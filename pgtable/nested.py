@@ -12,7 +12,7 @@ Sources: pseudocode AArch64.FullTranslate, S1Walk, S2Translate, AArch64.FaultSyn
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pgtable.access import Access, AccessType
 from pgtable.combine import combined, combined_sh
@@ -22,41 +22,26 @@ from pgtable.memory import Memory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk
-from pgtable.walk import RawStep, Swap, Translation, Walk, walk
+from pgtable.walk import Outcome, RawStep, Swap, Translation, Walk, walk
 
 READ_TABLE, WRITE_TABLE = Access(AccessType.READ), Access(AccessType.WRITE)
 _FIPA = (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE, FaultType.ACCESS_FLAG)  # and PERMISSION with S1PTW: IPAValid
 
 
-class NestedWalk(NamedTuple):
-    """A translation through both stages with its evidence.
+@dataclass(frozen=True)
+class NestedWalk(Outcome):
+    """A translation of `va` through both stages with its evidence.
 
     `stage1`: its walk; its result is a fault of stage 2 where a table could not be reached. `tables`: the stage 2
     walks of its descriptors, in order (also those of hardware updates). `stage2`: the walk of its result, None where
     there was none. `result`: with the PA and the combined attributes, or the fault of either stage.
     """
 
+    va: int
     stage1: Walk
     tables: tuple[Stage2Walk, ...]
     stage2: Stage2Walk | None
     result: Translation | Fault
-
-    @property
-    def ok(self) -> bool:
-        """The access translates."""
-        return isinstance(self.result, Translation)
-
-    @property
-    def fault(self) -> Fault | None:
-        """The fault, None where the access translates."""
-        return self.result if isinstance(self.result, Fault) else None
-
-    @property
-    def pa(self) -> int:
-        """The PA; raises ValueError on a fault."""
-        if isinstance(self.result, Fault):
-            raise ValueError(f"VA {self.stage1.va:#x}: {self.result}")
-        return self.result.pa
 
     @property
     def ipa(self) -> int | None:
@@ -107,38 +92,50 @@ def translate_nested(
     if va >> 64:
         raise ValueError(f"VA {va:#x}: must be 64 bits")
     access = access or Access()
-    p, p2 = WalkParams.of(regs, Regime.EL10, va), Stage2Params.of(regs)
-    tables: list[Stage2Walk] = []
-    raw: list[RawStep] = []
+    p2 = Stage2Params.of(regs)
+    through = _Through(memory, WalkParams.of(regs, Regime.EL10, va), p2, swap)
+    first = through.walk(va, access)
+    tables = tuple(through.tables)
+    if isinstance(first.result, Fault) or stage1_only or not p2.on:
+        return NestedWalk(va, first, tables, None, first.result)
+    second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
+    result = second.result if isinstance(second.result, Fault) else _combined(first, first.result, second.result, p2)
+    return NestedWalk(va, first, tables, second, result)
 
-    def reach(ipa: int, how: Access) -> int:
-        found = stage2_walk(memory.fetch, p2, ipa, how, s1ptw=True, swap=swap)
-        tables.append(found)
+
+class _Through:
+    """Stage 1's walk of `p`, its descriptors reached through stage 2; `tables`: the walks that this took."""
+
+    def __init__(self, memory: Memory, p: WalkParams, p2: Stage2Params, swap: Swap | None) -> None:
+        self._memory, self._p, self._p2, self._swap = memory, p, p2, swap
+        self._raw: list[RawStep] = []
+        self.tables: list[Stage2Walk] = []
+
+    def walk(self, va: int, access: Access) -> Walk:
+        """The walk; its result is stage 2's fault where a table cannot be reached."""
+        try:
+            return walk(self._fetch, self._p, va, access, self._update if self._swap else None)
+        except _Stage2Abort as abort:
+            return Walk(va, access, self._p, self._raw, abort.fault)
+
+    def _reach(self, ipa: int, how: Access) -> int:
+        found = stage2_walk(self._memory.fetch, self._p2, ipa, how, s1ptw=True, swap=self._swap)
+        self.tables.append(found)
         if isinstance(found.result, Fault):
             raise _Stage2Abort(found.result)
         return found.result.pa
 
-    def fetch(ipa: int) -> int:
-        word = memory.fetch(reach(ipa, READ_TABLE))
-        raw.append((p.levels[len(raw)][0], ipa, word))
+    def _fetch(self, ipa: int) -> int:
+        word = self._memory.fetch(self._reach(ipa, READ_TABLE))
+        self._raw.append((self._p.levels[len(self._raw)][0], ipa, word))
         return word
 
-    def update(ipa: int, old: int, new: int) -> bool:
-        assert swap
-        done = swap(reach(ipa, WRITE_TABLE), old, new)
-        raw.clear()  # else it is read again
+    def _update(self, ipa: int, old: int, new: int) -> bool:
+        assert self._swap
+        done = self._swap(self._reach(ipa, WRITE_TABLE), old, new)
+        if not done:
+            self._raw.clear()  # it is all read again
         return done
-
-    try:
-        first = walk(fetch, p, va, access, update if swap else None)
-    except _Stage2Abort as abort:
-        stopped = Walk(va, access, p, raw, abort.fault)
-        return NestedWalk(stopped, tuple(tables), None, abort.fault)
-    if isinstance(first.result, Fault) or stage1_only or not p2.on:
-        return NestedWalk(first, tuple(tables), None, first.result)
-    second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
-    result = second.result if isinstance(second.result, Fault) else _combined(first, first.result, second.result, p2)
-    return NestedWalk(first, tuple(tables), second, result)
 
 
 def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Translation:

@@ -127,13 +127,7 @@ class WalkParams:
     @cached_property
     def levels(self) -> tuple[tuple[int, int, int], ...]:
         """(level, shift, index mask) from the root down; the root's mask covers the VA bits that are left."""
-        granule = self.fmt.granule
-        rows = []
-        for level in range(self.start_level, LAST_LEVEL + 1):
-            shift = granule.level_shift(level)
-            width = self.ia_bits - shift if level == self.start_level else granule.stride
-            rows.append((level, shift, (1 << width) - 1))
-        return tuple(rows)
+        return level_rows(self.fmt.granule, self.start_level, self.ia_bits)
 
     @cached_property
     def root_entries(self) -> int:
@@ -302,6 +296,16 @@ def _in_place(field: Field) -> int:
     return field.mask if len(field.spans) == 1 else 0
 
 
+def level_rows(granule: Granule, start_level: int, ia_bits: int) -> tuple[tuple[int, int, int], ...]:
+    """(level, shift, index mask) from `start_level` down; the first index has all address bits that are left."""
+    rows = []
+    for level in range(start_level, LAST_LEVEL + 1):
+        shift = granule.level_shift(level)
+        width = ia_bits - shift if level == start_level else granule.stride
+        rows.append((level, shift, (1 << width) - 1))
+    return tuple(rows)
+
+
 _TCR: dict[Regime, tuple[str, Layout]] = {
     Regime.EL10: ("TCR_EL1", TCR_EL1),
     Regime.EL20: ("TCR_EL2", TCR_EL1),
@@ -316,7 +320,7 @@ _TG: tuple[dict[int, Granule], dict[int, Granule]] = (
 )
 
 
-def _granule(field: int, upper: bool, features: Features) -> Granule:
+def granule_of(field: int, upper: bool, features: Features) -> Granule:
     """TG0 or TG1 decoded; a reserved or missing granule acts as the smallest implemented one (IMPDEF choice)."""
     granule = _TG[upper].get(field)
     if granule is not None and granule.label in features.granules:
@@ -324,15 +328,20 @@ def _granule(field: int, upper: bool, features: Features) -> Granule:
     return min((g for g in Granule if g.label in features.granules), key=lambda g: g.page_shift)
 
 
+def most_txsz(granule: Granule, f: Features) -> int:
+    """The largest TxSZ (pseudocode S1MaxTxSZ, S2MaxTxSZ)."""
+    return (47 if granule is Granule.K64 else 48) if f.ttst else 39
+
+
 def _txsz(txsz: int, granule: Granule, ds: bool, f: Features) -> tuple[int, bool]:
     """TxSZ, clamped into its limits, and whether it was in them (pseudocode S1MinTxSZ, S1MaxTxSZ, S1TxSZFaults)."""
     least = 12 if ds or (f.lva and granule is Granule.K64) else 16
-    most = (47 if granule is Granule.K64 else 48) if f.ttst else 39
+    most = most_txsz(granule, f)
     faults = f.txsz_faults or (f.lva and txsz < least)  # with FEAT_LVA no choice is left below the minimum
     return min(max(txsz, least), most), least <= txsz <= most or not faults
 
 
-def _ps_bits(field: int, granule: Granule, f: Features) -> int:
+def output_bits(field: int, granule: Granule, f: Features) -> int:
     """Output address size in bits (pseudocode PhysicalAddressSize)."""
     limit = f.pa_bits if granule is Granule.K64 or f.lpa2 else min(48, f.pa_bits)
     return min(PA_BITS[field], limit)
@@ -391,7 +400,7 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         """A field that a regime with two VA ranges has once for each, and another regime once."""
         return int(getattr(tcr, f"{field}{int(upper)}" if has_el0 else field))
 
-    granule = _granule(int(tcr.TG1 if upper else tcr.TG0), upper, f)
+    granule = granule_of(int(tcr.TG1 if upper else tcr.TG0), upper, f)
     ds = bool(f.lpa2 and granule is not Granule.K64 and tcr.DS)
     pie, aie = bool(f.pie and second.PIE), bool(f.aie and second.AIE)
     overlay_levels = _overlaid(regs, regime, second)
@@ -407,7 +416,7 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         fmt=Format(granule, ds, has_el0, pie, poe=overlays is not None, aie=aie, lpa=f.pa_bits == 52),
         txsz=txsz,
         txsz_ok=txsz_ok,
-        ps_bits=_ps_bits(ps, granule, f),
+        ps_bits=output_bits(ps, granule, f),
         wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[ps] == 52),
         ttbr=regs[f"TTBR{int(upper)}_EL{el}"],
         mmu_on=bool(sctlr.M) and not (regime is Regime.EL10 and (hcr.DC or hcr.TGE)),

@@ -15,14 +15,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from pgtable.access import Access, AccessType
-from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
+from pgtable.combine import says_device
+from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import Features
 from pgtable.memory import NoMemory
+from pgtable.params import granule_of, level_rows, most_txsz, output_bits
 from pgtable.registers import HCR_EL2, PA_BITS, SCTLR_EL1, TTBR, TTBR_52, VTCR_EL2, VTTBR_EL2, Registers
 from pgtable.walk import Fetch, RawStep, Swap, Update
 
-_TG0 = {0: Granule.K4, 1: Granule.K64, 2: Granule.K16}
 # The root's level by SL0, and with DS also by SL2 (4K): pseudocode S2StartLevel.
 _START = {
     Granule.K4: {0: 2, 1: 1, 2: 0, 3: 3, 4: -1},
@@ -72,15 +73,11 @@ class Stage2Params:
     @classmethod
     def _read(cls, regs: Registers) -> Stage2Params:
         f, hcr, vtcr = regs.features, HCR_EL2.view(regs.HCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
-        granule = _TG0.get(int(vtcr.TG0), Granule.K4)
-        if granule.label not in f.granules:
-            granule = min((g for g in Granule if g.label in f.granules), key=lambda g: g.page_shift)
+        granule = granule_of(int(vtcr.TG0), False, f)
         ds = bool(f.lpa2 and granule is not Granule.K64 and vtcr.DS)
         sl = int(vtcr.SL0) | (4 if ds and granule is Granule.K4 and vtcr.SL2 else 0)
         limit = f.pa_bits if granule is Granule.K64 or ds else min(48, f.pa_bits)
-        most = (47 if granule is Granule.K64 else 48) if f.ttst else 39
         t0sz = int(vtcr.T0SZ)
-        sizes = f.pa_bits if granule is Granule.K64 or f.lpa2 else min(48, f.pa_bits)
         vmid = VTTBR_EL2["VMID"].get(regs.VTTBR_EL2)
         return cls(
             features=f,
@@ -89,8 +86,8 @@ class Stage2Params:
             t0sz=t0sz,
             sl=sl,
             sl_ok=sl in _START[granule] and f.pa_bits >= _LEAST_PA[granule].get(sl, 0) and _allowed(granule, sl, ds, f),
-            txsz_ok=64 - limit <= t0sz <= most,
-            ps_bits=min(PA_BITS[int(vtcr.PS)], sizes),
+            txsz_ok=64 - limit <= t0sz <= most_txsz(granule, f),
+            ps_bits=output_bits(int(vtcr.PS), granule, f),
             wide=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[int(vtcr.PS)] == 52),
             vttbr=regs.VTTBR_EL2,
             vmid=vmid if vtcr.VS else vmid & 0xFF,
@@ -124,12 +121,7 @@ class Stage2Params:
     @cached_property
     def levels(self) -> tuple[tuple[int, int, int], ...]:
         """(level, shift, index mask) from the root down; the root's index goes through all concatenated tables."""
-        granule, rows = self.fmt.granule, []
-        for level in range(self.start_level, LAST_LEVEL + 1):
-            shift = granule.level_shift(level)
-            width = self.ia_bits - shift if level == self.start_level else granule.stride
-            rows.append((level, shift, (1 << width) - 1))
-        return tuple(rows)
+        return level_rows(self.fmt.granule, self.start_level, self.ia_bits)
 
     @cached_property
     def root_tables(self) -> int:
@@ -147,10 +139,6 @@ class Stage2Params:
     def over(self) -> int:
         """Address bits that an output address must not have."""
         return (1 << 64) - (1 << self.ps_bits)
-
-    def run_length(self, level: int) -> int:
-        """Entries in a contiguous run at `level`."""
-        return CONTIGUOUS_RUN[self.fmt.granule].get(level, 1)
 
 
 def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
@@ -276,8 +264,7 @@ def _is_write(access: Access) -> bool:
 
 def is_device(p: Stage2Params, word: int) -> bool:
     """MemAttr says Device."""
-    attr = p.fmt.leaf(LAST_LEVEL)["MemAttr"].get(word)
-    return not attr & 4 if p.fwb else attr < 4
+    return says_device(p.fmt.leaf(LAST_LEVEL)["MemAttr"].get(word), fwb=p.fwb)
 
 
 def _updated(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> int:

@@ -86,7 +86,32 @@ _GP = Format().leaf(LAST_LEVEL)["GP"].mask
 RawStep = tuple[int, int, int]  # level, pa, word
 
 
-class Walk:
+class Outcome:
+    """What a walk with a `va` and a `result` came to."""
+
+    __slots__ = ()
+    va: int
+    result: Translation | Fault
+
+    @property
+    def ok(self) -> bool:
+        """The access translates."""
+        return isinstance(self.result, Translation)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault, None where the access translates."""
+        return self.result if isinstance(self.result, Fault) else None
+
+    @property
+    def pa(self) -> int:
+        """The PA; raises ValueError on a fault."""
+        if isinstance(self.result, Fault):
+            raise ValueError(f"VA {self.va:#x}: {self.result}")
+        return self.result.pa
+
+
+class Walk(Outcome):
     """One translation with its evidence: `result`, `steps`, `updates`. `print(walk)` shows every step."""
 
     __slots__ = ("__dict__", "access", "params", "raw", "result", "updates", "va")
@@ -106,23 +131,6 @@ class Walk:
         self.raw = raw
         self.result = result
         self.updates = updates
-
-    @property
-    def ok(self) -> bool:
-        """The access translates."""
-        return isinstance(self.result, Translation)
-
-    @property
-    def fault(self) -> Fault | None:
-        """The fault, None where the access translates."""
-        return self.result if isinstance(self.result, Fault) else None
-
-    @property
-    def pa(self) -> int:
-        """The PA; raises ValueError on a fault."""
-        if isinstance(self.result, Fault):
-            raise ValueError(f"VA {self.va:#x}: {self.result}")
-        return self.result.pa
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

@@ -230,13 +230,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "PS",
         "output addresses are limited by PS",
         "PhysicalAddressSize",
-        Edit("params:_ps_bits", ("PA_BITS[field]", "52")),
+        Edit("params:output_bits", ("PA_BITS[field]", "52")),
     ),
     _mutant(
         "PA size",
         "and by what the CPU implements",
         "PhysicalAddressSize",
-        Edit("params:_ps_bits", ("return min(PA_BITS[field], limit)", "return min(PA_BITS[field], 52)")),
+        Edit("params:output_bits", ("return min(PA_BITS[field], limit)", "return min(PA_BITS[field], 52)")),
     ),
     _mutant(
         "64K table [51:48]",
