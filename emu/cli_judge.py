@@ -17,7 +17,7 @@ from emu.cli import CommandError, examples
 from emu.judge import cases as random_cases
 from emu.judge.corpus import Case, CorpusError, dump, load
 from emu.judge.guest import GuestDied, OracleError
-from emu.judge.known import KNOWN
+from emu.judge.known import KNOWN, KNOWN_NESTED
 from emu.judge.qemu import Oracle, UnsupportedError
 from emu.judge.shrink import shrink
 from emu.judge.verdict import Disagreement, Tally, judge_case
@@ -145,7 +145,7 @@ class Verdict:
         parts += [_rendered(self._cell_table())] if cells else []
         parts += [f"{t.kind}: nothing agrees in: {', '.join(t.empty_cells)}" for t in self._with_empty_cells()]
         used = {name for t in self.tallies.values() for name in t.known}
-        parts += [f"{k.name}: {k.judge}: {k.rule}" for k in KNOWN if k.name in used]
+        parts += [f"{name}: {rule}" for name, rule in rules().items() if name in used]
         parts += [f"unexplained: {d}" for d in self.unexplained]
         parts += [f"stored, shrunk: {file}" for file in self.stored]
         queries, disagree = (sum(getattr(t, name) for t in self.tallies.values()) for name in ("queries", "disagree"))
@@ -181,10 +181,18 @@ class Verdict:
                 }
                 for t in self.tallies.values()
             ],
-            "rules": {k.name: f"{k.judge}: {k.rule}" for k in KNOWN},
+            "rules": rules(),
             "unexplained": [str(d) for d in self.unexplained],
             "stored": self.stored,
         }
+
+
+def rules() -> dict[str, str]:
+    """What every row says that may explain a disagreement, stage 1's first."""
+    found: dict[str, str] = {}
+    for name, judge, rule in [k[:3] for k in KNOWN] + [k[:3] for k in KNOWN_NESTED]:
+        found.setdefault(name, f"{judge}: {rule}")
+    return found
 
 
 def _asked(oracle: Oracle, case: Case) -> Case:

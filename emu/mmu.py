@@ -209,8 +209,6 @@ class ModelMmu:
 
     def _swap(self, pa: int, old: int, new: int) -> bool:
         """Hardware's update of a descriptor; False if it is not `old` any more."""
-        if SCTLR_EL1["EE"].get(self._cpu["SCTLR_EL1"]):
-            old, new = (int.from_bytes(word.to_bytes(8, "big"), "little") for word in (old, new))
         if self._memory.fetch(pa) != old:
             return False
         self._memory.store(pa, new)

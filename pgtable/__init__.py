@@ -5,16 +5,20 @@ array; both return faults as values. `explain` says what one word means.
 """
 
 from pgtable.access import Access, AccessType
-from pgtable.at import ExternalAbort, at, at_walk
-from pgtable.bulk import Many, at_many, translate_many
+from pgtable.at import ExternalAbort, at, at_many, at_walk
+from pgtable.bulk import Many
 from pgtable.describe import Explanation, explain
 from pgtable.descriptors import Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import CPUS, Features
 from pgtable.memory import Memory, NoMemory, PhysicalMemory
+from pgtable.mmu import translate, translate_many
+from pgtable.nested import NestedWalk, translate_nested
+from pgtable.nested_many import NestedMany
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
-from pgtable.walk import Step, Translation, Update, Walk, translate
+from pgtable.stage2 import Stage2Params, Stage2Walk, stage2_walk
+from pgtable.walk import Step, Translation, Update, Walk
 
 __all__ = [
     "CPUS",
@@ -30,10 +34,14 @@ __all__ = [
     "Kind",
     "Many",
     "Memory",
+    "NestedMany",
+    "NestedWalk",
     "NoMemory",
     "PhysicalMemory",
     "Regime",
     "Registers",
+    "Stage2Params",
+    "Stage2Walk",
     "Step",
     "Translation",
     "Update",
@@ -43,6 +51,8 @@ __all__ = [
     "at_many",
     "at_walk",
     "explain",
+    "stage2_walk",
     "translate",
     "translate_many",
+    "translate_nested",
 ]

@@ -5,12 +5,18 @@ Source: pseudocode AArch64.AT, EncodePAR, EncodePARAttrs; Arm ARM C5.4.
 
 from __future__ import annotations
 
+import numpy.typing as npt
+
 from pgtable.access import Access, AccessType
+from pgtable.bulk import Many
 from pgtable.faults import Fault, FaultType
 from pgtable.memory import Memory
-from pgtable.params import Regime
-from pgtable.registers import HCR_EL2, PAR_OK, Registers
-from pgtable.walk import Swap, Translation, Walk, translate
+from pgtable.mmu import made, translate, translate_many
+from pgtable.nested import translate_nested
+from pgtable.nested_many import nested_many
+from pgtable.params import Regime, stage2_on
+from pgtable.registers import HCR_EL2, Registers
+from pgtable.walk import Swap, Walk
 
 _R, _W, _A = AccessType.AT_READ, AccessType.AT_WRITE, AccessType.AT_ANY
 
@@ -48,26 +54,29 @@ class ExternalAbort(Exception):  # noqa: N818  Arm's name: the AT instruction ta
 def at_request(regs: Registers, operation: str) -> tuple[Access, Regime]:
     """What an AT instruction asks, and in which regime.
 
-    Raises ValueError for an unknown operation, and for one that asks stage 2.
+    Raises ValueError for an unknown operation.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"AT {operation}: must be one of {', '.join(OPERATIONS)}")
-    if operation.startswith("S12") and stage2_on(regs):
-        raise ValueError(f"AT {operation} with HCR_EL2.VM or DC set: stage 2 is not modelled")
     kind, el, pan = OPERATIONS[operation]
     return Access(kind, el, pan=bool(regs.PAN) if pan else None), _regime(regs, el)
 
 
 def at_walk(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap | None = None) -> Walk:
-    """The walk that an AT instruction makes; raises as `at_request`."""
+    """The walk that an AT instruction makes; raises as `at_request`.
+
+    With stage 2 on, that of S12* is through both stages, and that of S1E1* and S1E0* ends with an IPA; in both, the
+    reads of stage 1's tables go through stage 2. With stage 2 off, S12* is the S1 operation.
+    """
     access, regime = at_request(regs, operation)
+    if asks_stage1_only(regs, operation):
+        return translate_nested(memory, regs, va, access, swap=swap, stage1_only=True)
     return translate(memory, regs, va, access, regime=regime, swap=swap)
 
 
-def stage2_on(regs: Registers) -> bool:
-    """AT S12* asks both stages; with HCR_EL2.{DC, VM} = {0, 0}, or {E2H, TGE} = {1, 1}, it is the S1 operation."""
-    hcr = HCR_EL2.view(regs.HCR_EL2)
-    return bool((hcr.VM or hcr.DC) and not (hcr.E2H and hcr.TGE))
+def asks_stage1_only(regs: Registers, operation: str) -> bool:
+    """The result is an IPA, though stage 2 is on."""
+    return not operation.startswith("S12") and OPERATIONS[operation][1] < 2 and stage2_on(regs)
 
 
 def _regime(regs: Registers, el: int) -> Regime:
@@ -85,21 +94,32 @@ def at(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap | No
     return par_of_walk(at_walk(memory, regs, operation, va, swap))
 
 
+def at_many(memory: Memory, regs: Registers, operation: str, vas: npt.ArrayLike, *, swap: bool = False) -> Many:
+    """The walks that `AT operation` makes for each of `vas`; `par()` of the result is PAR_EL1.
+
+    Raises ValueError for an unknown operation.
+    """
+    access, regime = at_request(regs, operation)
+    if asks_stage1_only(regs, operation):
+        return made(memory, nested_many(memory, regs, vas, access, stage1_only=True), swap)
+    return translate_many(memory, regs, vas, access, regime=regime, swap=swap)
+
+
 def par_of_walk(walk: Walk) -> int:
     """PAR_EL1 after the AT instruction that made `walk`; raises ExternalAbort as `at`."""
     if isinstance(walk.result, Fault):
         if walk.result.type is FaultType.EXTERNAL_ON_WALK:
-            raise ExternalAbort(walk, walk.result.esr(walk.access))
+            raise ExternalAbort(walk, external_abort(walk))
         return walk.result.par()
-    return par_of(walk.result)
+    return walk.result.par()
 
 
-def par_of(result: Translation) -> int:
-    """PAR_EL1 of a translation (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
-    return PAR_OK.pack(
-        SH=result.sh,
-        NS=int(result.ns),
-        NSE=1,
-        PA=result.pa & PAR_OK["PA"].value_mask,
-        ATTR=result.attr,
-    )
+def external_abort(walk: Walk) -> int:
+    """ESR_ELx of the exception that an AT instruction takes; ValueError if the walk met no external abort.
+
+    It goes to EL2 where stage 2's walk met it, else to the EL that the operation asks for.
+    """
+    if walk.fault is None or walk.fault.type is not FaultType.EXTERNAL_ON_WALK:
+        raise ValueError(f"the walk of {walk.va:#x} met no external abort")
+    el = 2 if walk.fault.stage == 2 else max(walk.access.el, 1)
+    return walk.fault.esr(Access(walk.access.type, el), target_el=el)

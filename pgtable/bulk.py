@@ -1,4 +1,4 @@
-"""`translate` for arrays of addresses: the same answers, as arrays, without a loop over addresses.
+"""Stage 1 for arrays of addresses: the answers of the scalar walk, as arrays, without a loop over addresses.
 
 Rules of this file:
 - Addresses are sorted into parts: those of each half of the VA space that are in range (walked in regions.py), and
@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from pgtable.access import Access, AccessType
 from pgtable.addresses import Addresses, Sheet, untagged_bounds
-from pgtable.at import at_request, par_of
 from pgtable.bits import Flags, Words
 from pgtable.classes import (
     CLASS,
     MMU_OFF,
     NO_WORDS,
     NS,
+    STAGE2,
     TYPES,
     Bytes,
     Judge,
@@ -38,11 +38,11 @@ from pgtable.classes import (
     result_of,
 )
 from pgtable.faults import Fault, FaultType
-from pgtable.memory import Memory, PhysicalMemory, WordChanges
+from pgtable.memory import Memory, WordChanges
 from pgtable.params import RANGE_BIT, Regime, WalkParams
 from pgtable.regions import Reader, Walks, reader
 from pgtable.registers import PAR_OK, Registers
-from pgtable.walk import Translation, _as_el0, _before_the_walk, _mmu_off, regime_of
+from pgtable.walk import Translation, _as_el0, _before_the_walk, _mmu_off
 
 _U64 = (1 << 64) - 1
 
@@ -53,13 +53,15 @@ class Many:
 
     `ok` (bool): the access translates; only this tells, an address size fault at level 0 has code 0. `pa` (uint64): 0
     where not ok. `updates`: what hardware changes (access flag, dirty state, FEAT_HAFDBS), each descriptor once, in
-    address order, all walks taken to be made at the same moment.
+    address order, all walks taken to be made at the same moment. `stored`: the same as memory holds it, where SCTLR.EE
+    has tables in the other byte order.
     """
 
     ok: Flags
     pa: Words
     updates: WordChanges
     access: Access
+    stored: WordChanges = field(repr=False)
     _table: Table = field(repr=False)
     _class: npt.NDArray[np.int32] = field(repr=False)
     _stopped: tuple[Numbers, Words] = field(repr=False)  # flat positions of faults, last descriptor read there
@@ -107,12 +109,12 @@ class Many:
 
     @cached_property
     def flags(self) -> Bytes:
-        """WRITE, DIRTY_BIT, OVERLAY of a fault; NG, NS of a translation; uint8."""
+        """WRITE, DIRTY_BIT, OVERLAY, STAGE2, S1PTW of a fault; NG, NS of a translation; uint8."""
         found: Bytes = self._column("flags")
         return found
 
     def par(self) -> Words:
-        """PAR_EL1 (uint64), as `Fault.par` and `par_of` give it.
+        """PAR_EL1 (uint64), as `Fault.par` and `Translation.par` give it.
 
         Where the fault is an external abort on the walk, the AT instruction takes an exception instead (`aborts`).
         """
@@ -121,9 +123,15 @@ class Many:
         return fixed[self._class] | pa.put(np.zeros_like(self.pa), self.pa & np.uint64(pa.value_mask))
 
     def esr(self, *, target_el: int | None = None) -> Words:
-        """ESR_ELx of each abort (uint64), as `Fault.esr` gives it; 0 where ok."""
+        """ESR_ELx of each abort (uint64), as `Fault.esr` gives it (stage 2's to EL2); 0 where ok."""
         access = self.access
-        fixed = self._encoded(lambda found: found.esr(access, target_el=target_el) if isinstance(found, Fault) else 0)
+
+        def esr(found: Translation | Fault) -> int:
+            if isinstance(found, Translation):
+                return 0
+            return found.esr(access, target_el=2 if target_el is None and found.stage == 2 else target_el)
+
+        fixed = self._encoded(esr)
         found: Words = fixed[self._class]
         return found
 
@@ -131,6 +139,12 @@ class Many:
     def aborts(self) -> Flags:
         """Where the walk met an external abort."""
         found: Flags = self._column("type") == number_of(FaultType.EXTERNAL_ON_WALK)
+        return found
+
+    @property
+    def stage2(self) -> Flags:
+        """Where stage 2 refused."""
+        found: Flags = self.flags & np.uint8(STAGE2) != 0
         return found
 
     def _encoded(self, encode: Callable[[Translation | Fault], int]) -> Words:
@@ -144,46 +158,17 @@ class Many:
 
 @lru_cache(maxsize=1 << 12)
 def _par(found: Translation | Fault) -> int:
-    return found.par() if isinstance(found, Fault) else par_of(found)
+    return found.par()
 
 
-def translate_many(
-    memory: Memory,
-    regs: Registers,
-    vas: npt.ArrayLike,
-    access: Access | None = None,
-    *,
-    regime: Regime | None = None,
-    swap: bool = False,
-) -> Many:
-    """What `access` (default: an EL1 read) to each of `vas` (integers of 64 bits, any shape) does.
-
-    RAM is taken to come in whole 4 KiB pages. `swap` makes the hardware updates, which are else only listed; it needs
-    a PhysicalMemory. Raises ValueError for VAs that are not unsigned 64-bit integers.
-    """
-    access = access or Access()
-    flat, shape = _addresses(vas)
-    if swap and not isinstance(memory, PhysicalMemory):
-        raise ValueError(f"swap=True: {type(memory).__name__} cannot be written, only a PhysicalMemory")
-    regime = regime or regime_of(regs, access.el)
-    source = reader(memory)
+def stage1_many(memory: Memory, regs: Registers, vas: npt.ArrayLike, access: Access, regime: Regime) -> Many:
+    """What stage 1 makes of each of `vas`; see `translate_many` (mmu.py)."""
+    flat, shape = addresses_of(vas)
     halves = tuple(WalkParams.of(regs, regime, va) for va in ((0, RANGE_BIT) if regime.has_el0 else (0,)))
-    many = _filled(_answered(source, halves, flat, access), shape, access)
-    if swap and isinstance(memory, PhysicalMemory):
-        _store(memory, many.updates, halves[0].big_endian)
-    return many
+    return _filled(_answered(reader(memory), halves, flat, access), shape, access, halves[0].big_endian)
 
 
-def at_many(memory: Memory, regs: Registers, operation: str, vas: npt.ArrayLike, *, swap: bool = False) -> Many:
-    """The walks that `AT operation` makes for each of `vas`; `par()` of the result is PAR_EL1.
-
-    Raises ValueError for an unknown operation, and for one that asks stage 2.
-    """
-    access, regime = at_request(regs, operation)
-    return translate_many(memory, regs, vas, access, regime=regime, swap=swap)
-
-
-def _addresses(vas: npt.ArrayLike) -> tuple[Words, tuple[int, ...]]:
+def addresses_of(vas: npt.ArrayLike) -> tuple[Words, tuple[int, ...]]:
     """The VAs as a flat, contiguous uint64 array, and their shape."""
     array = np.asarray(vas)
     if array.dtype.kind not in "ui" and array.size and not isinstance(vas, np.ndarray):
@@ -243,16 +228,22 @@ def _answered_flat(p: WalkParams, flat: Words, access: Access) -> Sheet:
     return sheet
 
 
-def _filled(sheet: Sheet, shape: tuple[int, ...], access: Access) -> Many:
+def _filled(sheet: Sheet, shape: tuple[int, ...], access: Access, big_endian: bool) -> Many:
     """The finished answers, in the shape of the VAs."""
     ok, pa = sheet.ok.reshape(shape), sheet.pa.reshape(shape)
     number = np.broadcast_to(np.int32(0), shape) if sheet.number is None else sheet.number.reshape(shape)
     table = np.concatenate([np.zeros(0, CLASS), *sheet.tables])
     stopped = np.concatenate([at for at, _ in sheet.stopped]), np.concatenate([words for _, words in sheet.stopped])
-    return Many(ok, pa, _each_once(sheet.updates), access, table, number, stopped)
+    updates = each_once(sheet.updates)
+    return Many(ok, pa, updates, access, in_memory(updates, big_endian), table, number, stopped)
 
 
-def _each_once(updates: list[WordChanges]) -> WordChanges:
+def in_memory(updates: WordChanges, big_endian: bool) -> WordChanges:
+    """The updates with their words as memory holds them."""
+    return WordChanges(updates.pa, updates.old.byteswap(), updates.new.byteswap()) if big_endian else updates
+
+
+def each_once(updates: list[WordChanges]) -> WordChanges:
     """Every descriptor once, in address order, with all the changes that were found for it."""
     found = [u for u in updates if u.pa.size]
     if not found:
@@ -264,11 +255,3 @@ def _each_once(updates: list[WordChanges]) -> WordChanges:
     old = old[first]
     changed: Words = np.bitwise_or.reduceat(flips, first)
     return WordChanges(pa[first], old, old ^ changed)
-
-
-def _store(memory: PhysicalMemory, updates: WordChanges, big_endian: bool) -> None:
-    new = updates.new.byteswap() if big_endian else updates.new
-    for region in memory.regions:
-        offset = updates.pa - np.uint64(region.base)
-        inside = offset < np.uint64(region.size)
-        region.words[(offset[inside] >> np.uint64(3)).view(np.int64)] = new[inside]

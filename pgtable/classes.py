@@ -22,6 +22,7 @@ from pgtable.descriptors import LAST_LEVEL, Kind
 from pgtable.faults import Fault, FaultType, fault_code
 from pgtable.params import WalkParams
 from pgtable.permissions import PR, PW, TO_UNPRIVILEGED
+from pgtable.table_params import TableParams
 from pgtable.walk import Translation, _effective_attr, leaf_permissions, overlay_under_pan
 
 Numbers: TypeAlias = npt.NDArray[np.intp]
@@ -36,7 +37,7 @@ TYPES = tuple(FaultType)
 MMU_OFF = -128  # level of a translation with the MMU off
 
 # Flags: of a fault, why (as in `Fault`); of a translation, two bits of what it says.
-WRITE, DIRTY_BIT, OVERLAY, NG, NS = (1 << i for i in range(5))
+WRITE, DIRTY_BIT, OVERLAY, NG, NS, STAGE2, S1PTW = (1 << i for i in range(7))
 
 NO_WORDS = np.zeros(0, np.uint64)
 _U64 = (1 << 64) - 1
@@ -74,14 +75,29 @@ def fault_row(fault: Fault) -> Table:
     return row
 
 
+def row_of(found: Translation | Fault) -> Table:
+    """A scalar walk's result as a class, its addresses left out."""
+    if isinstance(found, Fault):
+        row = fault_row(found)
+        marks = {WRITE: found.write, DIRTY_BIT: found.dirty_bit, OVERLAY: found.overlay}
+        row["flags"] = sum(bit for bit, on in (marks | {STAGE2: found.stage == 2, S1PTW: found.s1ptw}).items() if on)
+        return row
+    row = np.zeros(1, CLASS)
+    row["ok"], row["level"] = True, MMU_OFF if found.level is None else found.level
+    row["attr"], row["sh"], row["perms"] = found.attr, found.sh, found.perms
+    row["flags"] = NG * found.nG + NS * found.ns
+    return row
+
+
 def result_of(row: Any) -> Translation | Fault:
     """A class as the scalar walk's result, its address left out."""
     flags, level = int(row["flags"]), int(row["level"])
     if row["ok"]:
         attr, sh, perms = int(row["attr"]), int(row["sh"]), int(row["perms"])
         return Translation(0, level, 0, attr, sh, perms, bool(flags & NG), bool(flags & NS))
-    write, dirty, overlay = (bool(flags & bit) for bit in (WRITE, DIRTY_BIT, OVERLAY))
-    return Fault(TYPES[int(row["type"]) - 1], level, write=write, dirty_bit=dirty, overlay=overlay)
+    write, dirty, overlay, stage2, s1ptw = (bool(flags & bit) for bit in (WRITE, DIRTY_BIT, OVERLAY, STAGE2, S1PTW))
+    type, stage = TYPES[int(row["type"]) - 1], 1 + stage2
+    return Fault(type, level, stage, s1ptw, write=write, dirty_bit=dirty, overlay=overlay)
 
 
 class Ends(NamedTuple):
@@ -166,7 +182,7 @@ class Judge:
         return np.array(rows, np.uint64)
 
 
-def inherited_mask(p: WalkParams) -> int:
+def inherited_mask(p: TableParams) -> int:
     """The table attributes that bear on what is below."""
     return p.inherited_mask | (p.ns_table if p.secure else 0)
 
@@ -176,7 +192,7 @@ def by_level(level: Levels) -> Numbers:
     return level.astype(np.intp) - LEVELS[0]
 
 
-def type_bits(p: WalkParams, words: Words) -> Numbers:
+def type_bits(p: TableParams, words: Words) -> Numbers:
     """The descriptors' bits [1:0], by which `WalkParams.kinds` is indexed."""
     return (words & np.uint64(p.page.mask("VALID", "TYPE"))).view(np.intp)
 

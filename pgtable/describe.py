@@ -25,7 +25,7 @@ from pgtable.findings import Finding, check_level, descriptor_findings, guess_le
 from pgtable.params import RANGE_BIT, Regime, WalkParams
 from pgtable.permissions import ALL, PR, PW, PX, UR, UW, UX, letters
 from pgtable.registers import SH, TCR_EL1, TCR_EL2, TCR_EL3, VTCR_EL2, Registers
-from pgtable.walk import _attr_index, leaf_permissions
+from pgtable.walk import leaf_permissions
 
 LINUX_MAIR = 0x0000_0004_0044_FFFF  # what arm64 Linux writes at boot; with MTE index 1 becomes 0xf0
 REGIMES = {Regime.EL10: "EL1&0", Regime.EL20: "EL2&0", Regime.EL2: "EL2", Regime.EL3: "EL3"}
@@ -230,7 +230,7 @@ def _meaning(row: Field, word: int, p: WalkParams, fmt: Format) -> str:
     """A field's meaning in this word, with what the registers add."""
     value = row.get(word)
     if row.name == "AttrIndx":
-        value = _attr_index(p, word)
+        value = p.attr_index(word)
         return f"Attr{value} of MAIR_EL{p.regime.el}: {MemoryAttributes.of(p.mair[value])}"
     if row.name == "NS" and not fmt.stage2 and not p.secure:
         return "no effect outside Secure state"
@@ -280,7 +280,7 @@ def _spoken(perms: int, regime: Regime) -> str:
 
 
 def _memory(word: int, p: WalkParams) -> str:
-    attr = p.mair[_attr_index(p, word)]
+    attr = p.mair[p.attr_index(word)]
     if FORCED_OUTER[attr]:
         return f"{MemoryAttributes.of(attr)}, outer shareable whatever SH says"
     sh = SH[p.sh] + f" (TCR.SH{int(p.upper)})" if p.fmt.lpa2 else SH[p.page["SH"].get(word)]

@@ -60,7 +60,7 @@ def references(memory: TableMemory, listing: Listing, table: int) -> list[Entry]
             for i in np.flatnonzero(tables.pa & np.uint64((1 << 64) - page) == np.uint64(table & -page)).tolist():
                 slot, level = int(tables.slot[i]), int(tables.level[i])
                 if slot == ROOT:
-                    found.append(Entry(level - 1, None, p.ttbr, Kind.TABLE, int(tables.va[i])))
+                    found.append(Entry(level - 1, None, p.root, Kind.TABLE, int(tables.va[i])))
                     continue
                 word = _word(memory, slot, p.big_endian)
                 found.append(Entry(level - 1, slot, word, p.fmt.kind(word, level - 1), int(tables.va[i])))

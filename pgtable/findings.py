@@ -15,7 +15,7 @@ from pgtable.attributes import MemoryAttributes, is_device
 from pgtable.descriptors import AP_READ_ONLY, CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.params import Regime, WalkParams
 from pgtable.permissions import PRIVILEGED, PW, PX, UR, UW, UX
-from pgtable.walk import _attr_index, leaf_permissions
+from pgtable.walk import leaf_permissions
 
 
 class Finding(NamedTuple):
@@ -167,7 +167,7 @@ def _stage2(word: int, level: int, fmt: Format) -> Iterator[Finding]:
 def _permissions(word: int, p: WalkParams, inherited: int) -> Iterator[Finding]:
     base, overlay, _ = leaf_permissions(p, word, inherited)
     perms, el = base & overlay, f"EL{p.regime.el}"
-    attr = p.mair[_attr_index(p, word)]
+    attr = p.mair[p.attr_index(word)]
     if p.epd:
         yield Finding("fault", "EPD", "TCR.EPD switches walks of this half off: translation fault, level 0")
     if p.e0pd:

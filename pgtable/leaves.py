@@ -71,7 +71,7 @@ def tables(memory: TableMemory, regs: Registers, *, regime: Regime | None = None
     return Tables(*_joined(levels)) if levels else NO_TABLES
 
 
-def _complete(memory: TableMemory, p: WalkParams) -> Tree:
+def _complete(memory: TableMemory, p: WalkParams) -> Tree[WalkParams]:
     """All visits of a half's tables; raises ValueError for a tree that has too many."""
     tree = grow(memory, p)
     if not tree.complete:

@@ -23,10 +23,12 @@ from pgtable.bits import Words
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.leaves import permissions_of
 from pgtable.memory import TableMemory
+from pgtable.mmu import regime_of
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
-from pgtable.tree import CHUNK, NO_TABLES, Finding, Index, Levels, Tables, Tree, all_halves, grow, why_off, words_of
-from pgtable.walk import leaf_memory, regime_of, walk
+from pgtable.table_params import TableParams
+from pgtable.tree import CHUNK, NO_TABLES, Finding, Index, Levels, P, Tables, Tree, all_halves, grow, words_of
+from pgtable.walk import leaf_memory, walk
 
 
 class Runs(NamedTuple):
@@ -65,7 +67,7 @@ class Listing:
     regs: Registers
     regime: Regime
     runs: Runs
-    trees: list[Tree]
+    trees: list[Tree[WalkParams]]
     findings: list[Finding] = field(default_factory=list)
 
     @cached_property
@@ -113,8 +115,8 @@ def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = Non
     regime = regime or regime_of(regs, 1)
     trees, findings, parts = [], [], [NO_RUNS]
     for p in all_halves(regs, regime):
-        if why_off(p):
-            text = f"{'upper' if p.upper else 'lower'} half: {why_off(p)}"
+        if p.why_off:
+            text = f"{'upper' if p.upper else 'lower'} half: {p.why_off}"
             findings.append(Finding("off", p.half_base, 1 << p.ia_bits, -2, 0, text))
             continue
         tree = grow(memory, p)
@@ -220,7 +222,7 @@ def _changes(*columns: npt.NDArray[Any]) -> tuple[Index, Index]:
     return np.flatnonzero(changes), np.cumsum(changes) - 1
 
 
-def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> Iterator[tuple[int, _Found]]:
+def _half(memory: TableMemory, tree: Tree[P], findings: list[Finding]) -> Iterator[tuple[int, _Found]]:
     """The runs of a half, level by level, not yet joined across tables."""
     leaf_levels = (*tree.params.fmt.block_levels, LAST_LEVEL)
     for tables, (level, _, mask) in zip(tree.levels, tree.params.levels, strict=False):
@@ -236,7 +238,7 @@ def _half(memory: TableMemory, tree: Tree, findings: list[Finding]) -> Iterator[
 
 
 def _runs_in(
-    p: WalkParams, level: int, tables: Tables, words: Words, has_leaves: bool, findings: list[Finding]
+    p: TableParams, level: int, tables: Tables, words: Words, has_leaves: bool, findings: list[Finding]
 ) -> _Found:
     """The runs in some tables of one level, and findings about entries of a reserved kind."""
     leaf, size, entries = p.fmt.leaf(level), p.fmt.granule.level_size(level), words.shape[1]
@@ -255,7 +257,7 @@ def _runs_in(
     return _rows(p, level, tables, words, start[is_leaf], count[is_leaf])
 
 
-def _rows(p: WalkParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> _Found:
+def _rows(p: TableParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> _Found:
     """The runs of `count` leaves that begin at the entries `start` of some tables.
 
     The output addresses of a run go on without a carry into other bits and without crossing the largest address.
@@ -291,7 +293,7 @@ def _starts(words: Words, size: int) -> Index:
     return np.flatnonzero(breaks)
 
 
-def _reserved(p: WalkParams, level: int, tables: Tables, start: Index, count: Index, entries: int) -> list[Finding]:
+def _reserved(p: TableParams, level: int, tables: Tables, start: Index, count: Index, entries: int) -> list[Finding]:
     """Entries that are valid and neither a leaf nor a table: bits [1:0] = 0b01 where there are no blocks."""
     size = p.fmt.granule.level_size(level)
     found = []

@@ -12,7 +12,6 @@ Sources: pseudocode AArch64.FullTranslate, S1Walk, S2Translate, AArch64.FaultSyn
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pgtable.access import Access, AccessType
 from pgtable.combine import combined, combined_sh
@@ -22,36 +21,54 @@ from pgtable.memory import Memory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk
-from pgtable.walk import Outcome, RawStep, Swap, Translation, Walk, walk
+from pgtable.walk import RawStep, Swap, Translation, Update, Walk, in_memory, walk
 
 READ_TABLE, WRITE_TABLE = Access(AccessType.READ), Access(AccessType.WRITE)
-_FIPA = (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE, FaultType.ACCESS_FLAG)  # and PERMISSION with S1PTW: IPAValid
+HAS_FIPA = (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE, FaultType.ACCESS_FLAG)  # and PERMISSION with S1PTW: IPAValid
 
 
-@dataclass(frozen=True)
-class NestedWalk(Outcome):
+class NestedWalk(Walk):
     """A translation of `va` through both stages with its evidence.
 
-    `stage1`: its walk; its result is a fault of stage 2 where a table could not be reached. `tables`: the stage 2
+    Of stage 1, as in Walk: `params`, `access`, and `raw` and `steps`, whose addresses are IPAs. `tables`: the stage 2
     walks of its descriptors, in order (also those of hardware updates). `stage2`: the walk of its result, None where
-    there was none. `result`: with the PA and the combined attributes, or the fault of either stage.
+    there was none. `result`: with the PA and the combined attributes, or the fault of either stage. `updates`: of the
+    tables of both stages, by PA, as memory holds them (the byte orders of the two may differ).
     """
 
-    va: int
-    stage1: Walk
-    tables: tuple[Stage2Walk, ...]
-    stage2: Stage2Walk | None
-    result: Translation | Fault
+    __slots__ = ("stage1_result", "stage2", "tables")
+
+    def __init__(
+        self,
+        first: Walk,
+        result: Translation | Fault,
+        tables: tuple[Stage2Walk, ...],
+        stage2: Stage2Walk | None,
+        updates: tuple[Update, ...],
+    ) -> None:
+        super().__init__(first.va, first.access, first.params, first.raw, result, updates)
+        self.stage1_result = first.result
+        self.tables = tables
+        self.stage2 = stage2
+
+    @property
+    def stage1_ok(self) -> bool:
+        """Stage 1 gave an IPA."""
+        return not isinstance(self.stage1_result, Fault)
+
+    @property
+    def last_stage2(self) -> Stage2Walk | None:
+        """The last walk of stage 2: of the result, or of the table that stopped stage 1; None where there was none."""
+        return self.stage2 or (self.tables[-1] if self.tables else None)
 
     @property
     def ipa(self) -> int | None:
         """Stage 1's result; where stage 2 faulted, the address that it was asked for; None where stage 1 faulted."""
-        if self.stage2 is not None:
-            return self.stage2.ipa
         fault = self.fault
         if fault is not None and fault.stage == 2:
-            return self.tables[-1].ipa
-        return None if fault is not None else self.stage1.pa
+            assert self.last_stage2
+            return self.last_stage2.ipa
+        return None if isinstance(self.stage1_result, Fault) else self.stage1_result.pa
 
     @property
     def hpfar(self) -> int:
@@ -59,7 +76,7 @@ class NestedWalk(Outcome):
         fault, ipa = self.fault, self.ipa
         if fault is None or fault.stage != 2 or ipa is None:
             return 0
-        valid = fault.type in _FIPA or (fault.s1ptw and fault.type is FaultType.PERMISSION)
+        valid = fault.type in HAS_FIPA or (fault.s1ptw and fault.type is FaultType.PERMISSION)
         return ipa >> 12 << 4 if valid else 0
 
     def __str__(self) -> str:
@@ -95,47 +112,56 @@ def translate_nested(
     p2 = Stage2Params.of(regs)
     through = _Through(memory, WalkParams.of(regs, Regime.EL10, va), p2, swap)
     first = through.walk(va, access)
-    tables = tuple(through.tables)
-    if isinstance(first.result, Fault) or stage1_only or not p2.on:
-        return NestedWalk(va, first, tables, None, first.result)
-    second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
-    result = second.result if isinstance(second.result, Fault) else _combined(first, first.result, second.result, p2)
-    return NestedWalk(va, first, tables, second, result)
+    second, result = None, first.result
+    if isinstance(first.result, Translation) and p2.on and not stage1_only:
+        second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
+        done = second.result
+        result = done if isinstance(done, Fault) else _combined(first, first.result, done, p2)
+    updates = (*through.updates, *(second.stored_updates if second else ()))
+    return NestedWalk(first, result, tuple(through.tables), second, updates)
 
 
 class _Through:
-    """Stage 1's walk of `p`, its descriptors reached through stage 2; `tables`: the walks that this took."""
+    """Stage 1's walk of `p`, its descriptors reached through stage 2.
+
+    `tables`: the walks that this took. `updates`: what hardware changes on the way, in the tables of both stages.
+    """
 
     def __init__(self, memory: Memory, p: WalkParams, p2: Stage2Params, swap: Swap | None) -> None:
         self._memory, self._p, self._p2, self._swap = memory, p, p2, swap
         self._raw: list[RawStep] = []
         self.tables: list[Stage2Walk] = []
+        self.updates: list[Update] = []
 
     def walk(self, va: int, access: Access) -> Walk:
         """The walk; its result is stage 2's fault where a table cannot be reached."""
         try:
-            return walk(self._fetch, self._p, va, access, self._update if self._swap else None)
+            return walk(self._fetch, self._p, va, access, self._update)
         except _Stage2Abort as abort:
             return Walk(va, access, self._p, self._raw, abort.fault)
 
     def _reach(self, ipa: int, how: Access) -> int:
         found = stage2_walk(self._memory.fetch, self._p2, ipa, how, s1ptw=True, swap=self._swap)
         self.tables.append(found)
+        self.updates += [update for update in found.stored_updates if update not in self.updates]
         if isinstance(found.result, Fault):
             raise _Stage2Abort(found.result)
         return found.result.pa
 
     def _fetch(self, ipa: int) -> int:
         word = self._memory.fetch(self._reach(ipa, READ_TABLE))
-        self._raw.append((self._p.levels[len(self._raw)][0], ipa, word))
+        (step,) = in_memory(Update(ipa, 0, word), self._p.big_endian)[2:]
+        self._raw.append((self._p.levels[len(self._raw)][0], ipa, step))
         return word
 
     def _update(self, ipa: int, old: int, new: int) -> bool:
-        assert self._swap
-        done = self._swap(self._reach(ipa, WRITE_TABLE), old, new)
-        if not done:
+        """Hardware changes a descriptor of stage 1: stage 2 must let it write there."""
+        pa = self._reach(ipa, WRITE_TABLE)
+        if self._swap and not self._swap(pa, old, new):
             self._raw.clear()  # it is all read again
-        return done
+            return False
+        self.updates.append(Update(pa, old, new))
+        return True
 
 
 def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Translation:
@@ -152,14 +178,13 @@ def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Tra
 
 
 def _lines(found: NestedWalk) -> Iterator[str]:
-    first = found.stage1
-    yield f"VA {first.va:#018x}: {first.access}, both stages of EL1&0"
+    yield f"VA {found.va:#018x}: {found.access}, both stages of EL1&0"
     reads = [table for table in found.tables if table.access is READ_TABLE]
     for i, table in enumerate(reads):
         yield from _stage2_lines(table, f"stage 1 table at IPA {table.ipa:#x}")
-        if i < len(first.raw):
-            level, ipa, word = first.raw[i]
-            kind = first.params.fmt.kind(word, level).name.lower()
+        if i < len(found.raw):
+            level, ipa, word = found.raw[i]
+            kind = found.params.fmt.kind(word, level).name.lower()
             yield f"  S1 L{level} IPA {ipa:#x} {word:#018x} {kind}"
     if found.stage2 is not None:
         yield from _stage2_lines(found.stage2, f"result, IPA {found.stage2.ipa:#x}")

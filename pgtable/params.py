@@ -11,8 +11,8 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, cast
 
-from pgtable.bits import Field, Layout, View, W
-from pgtable.descriptors import AP_READ_ONLY, CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
+from pgtable.bits import Layout, View, W
+from pgtable.descriptors import AP_READ_ONLY, LAST_LEVEL, Format, Granule
 from pgtable.features import Features
 from pgtable.permissions import (
     PRIVILEGED,
@@ -39,6 +39,7 @@ from pgtable.registers import (
     TTBR_52,
     Registers,
 )
+from pgtable.table_params import TableParams
 
 RANGE_BIT = 1 << 55  # of a VA: which half of the VA space it is in (pseudocode GetVARange)
 
@@ -63,7 +64,7 @@ class Regime(Enum):
 
 
 @dataclass(frozen=True)
-class WalkParams:
+class WalkParams(TableParams):
     """Everything that one half of a regime's VA space takes from the registers.
 
     `fmt` says which descriptor rows apply; `rules` and `overlays` are the permission tables.
@@ -96,6 +97,7 @@ class WalkParams:
     data_cacheable: bool  # SCTLR.C
     fetch_cacheable: bool  # SCTLR.I
     default_cacheable: bool  # HCR_EL2.DC
+    through_stage2: bool  # the result, and the addresses of tables, are IPAs
     secure: bool
     asid: int | None  # None: the regime has no ASIDs
     cnp: bool  # common, not private: TLB entries are shared with other PEs
@@ -125,53 +127,12 @@ class WalkParams:
         return LAST_LEVEL - (self.ia_bits - 1 - granule.page_shift) // granule.stride
 
     @cached_property
-    def levels(self) -> tuple[tuple[int, int, int], ...]:
-        """(level, shift, index mask) from the root down; the root's mask covers the VA bits that are left."""
-        return level_rows(self.fmt.granule, self.start_level, self.ia_bits)
-
-    @cached_property
-    def root_entries(self) -> int:
-        """Descriptors in the root table."""
-        return self.levels[0][2] + 1
-
-    @cached_property
     def base(self) -> int:
         """The root table's PA (pseudocode S1TTBaseAddress): BADDR aligned down to the table's size."""
         size = 8 * self.root_entries
         if self.wide_ttbr:
             size = max(size, 64)
         return (TTBR_52 if self.wide_ttbr else TTBR)["BADDR"].get(self.ttbr) & -size
-
-    @cached_property
-    def over(self) -> int:
-        """The address bits that an output address must not have."""
-        return (1 << 64) - (1 << self.ps_bits)
-
-    @cached_property
-    def page(self) -> Layout:
-        """The layout of a page: every leaf's attribute and permission fields are where a page has them."""
-        return self.fmt.leaf(LAST_LEVEL)
-
-    @cached_property
-    def kinds(self) -> dict[int, tuple[Kind, ...]]:
-        """What a descriptor is, by level and bits [1:0]."""
-        return {level: tuple(self.fmt.kind(low, level) for low in range(4)) for level in range(-1, LAST_LEVEL + 1)}
-
-    @cached_property
-    def rows(self) -> tuple[tuple[int, int, int, tuple[Kind, ...]], ...]:
-        """`levels` with what each level's descriptors are, by bits [1:0]."""
-        return tuple((level, shift, mask, self.kinds[level]) for level, shift, mask in self.levels)
-
-    @cached_property
-    def table_mask(self) -> int:
-        """The address bits of a table descriptor where they are in place; 0 for a split address."""
-        return _in_place(self.fmt.table(LAST_LEVEL - 1)["TA"])
-
-    @cached_property
-    def leaf_address(self) -> dict[int, tuple[int, int]]:
-        """By level: the output address bits of a leaf where they are in place (0: split), and the entry's size."""
-        size = self.fmt.granule.level_size
-        return {level: (_in_place(self.fmt.leaf(level)["OA"]), size(level)) for level, _, _ in self.levels}
 
     @cached_property
     def unusual(self) -> bool:
@@ -206,27 +167,10 @@ class WalkParams:
         names = ("APTable", "UXNTable", "PXNTable") if self.fmt.el0 else ("APTable", "XNTable")
         return table.mask(*names) if self.table_permissions else 0
 
-    def table_address(self, word: W) -> W:
-        """The next-level table's PA in a table descriptor (pseudocode NextTableBase)."""
-        return self.fmt.table(LAST_LEVEL - 1)["TA"].get(word)
-
-    def output_address(self, level: int, word: W) -> W:
-        """The output address of a leaf at `level` (pseudocode LeafBase)."""
-        return self.fmt.leaf(level)["OA"].get(word)
-
-    def offset_mask(self, level: int, word: int) -> int:
-        """The PA bits that come from the VA: the entry's size, or the whole contiguous run's (pseudocode StageOA)."""
-        size = self.fmt.granule.level_size(level)
-        run = self.features.contiguous_output and word & self.contiguous
-        return size * (self.run_length(level) if run else 1) - 1
-
-    def run_length(self, level: int) -> int:
-        """Entries in a contiguous run at `level`; 1 where there is none."""
-        return CONTIGUOUS_RUN[self.fmt.granule].get(level, 1)
-
-    def run_too_large(self, level: int) -> bool:
-        """A contiguous run at `level` is larger than the input range (pseudocode ContiguousBitFaults)."""
-        return self.fmt.granule.level_size(level) * self.run_length(level) > 1 << self.ia_bits
+    def attr_index(self, word: int) -> int:
+        """The number of a leaf's byte in `mair` (pseudocode S1DecodeMemAttrs, S1AttrIndex with FEAT_AIE)."""
+        index = self.page["AttrIndx"].get(word)
+        return index | self.page["AttrIndx3"].get(word) << 3 if self.fmt.aie else index
 
     def direct_index(self, word: W, inherited: W) -> W:
         """The row of the direct permission table for a leaf under table attributes `inherited`."""
@@ -241,14 +185,25 @@ class WalkParams:
         return cast(W, direct_index(ap, limit, uxn.get(word) | xn_limit, pxn.get(word) | px_limit))
 
     @property
+    def root(self) -> int:
+        """The half's TTBR."""
+        return self.ttbr
+
+    @property
+    def why_off(self) -> str:
+        """Why the half translates nothing, "" if it does."""
+        if not self.mmu_on:
+            return "the MMU is off"
+        if self.epd:
+            return "TCR.EPD is set: walks are off"
+        if not self.txsz_ok:
+            return f"TCR.T{int(self.upper)}SZ is out of range: every access is a translation fault"
+        return "TTBR's address exceeds the output size" if self.base & self.over else ""
+
+    @property
     def half_base(self) -> int:
         """The lowest VA of this half."""
         return (1 << 64) - (1 << self.ia_bits) if self.upper else 0
-
-    @cached_property
-    def af(self) -> int:
-        """The leaf's AF bit."""
-        return self.page["AF"].mask
 
     @cached_property
     def ng(self) -> int:
@@ -261,16 +216,6 @@ class WalkParams:
         return self.page["NS"].mask
 
     @cached_property
-    def contiguous(self) -> int:
-        """The leaf's Contiguous bit."""
-        return self.page["Contiguous"].mask
-
-    @cached_property
-    def nt(self) -> int:
-        """The nT bit of a block."""
-        return self.fmt.leaf(LAST_LEVEL - 1)["nT"].mask
-
-    @cached_property
     def not_dirty(self) -> int:
         """AP[2], which hardware clears for a dirty page; nDirty with PIE. The same bit."""
         return self.page["nDirty"].mask if self.pie else self.page["AP"].put(0, AP_READ_ONLY)
@@ -281,29 +226,9 @@ class WalkParams:
         return 0 if self.pie else self.page["DBM"].mask
 
     @cached_property
-    def table_af(self) -> int:
-        """A table's AF bit (FEAT_HAFT)."""
-        return self.fmt.table(LAST_LEVEL - 1)["AF"].mask
-
-    @cached_property
     def ns_table(self) -> int:
         """A table's NSTable bit."""
         return self.fmt.table(LAST_LEVEL - 1)["NSTable"].mask
-
-
-def _in_place(field: Field) -> int:
-    """The mask of an address that is read by one AND; 0 if a part of it has moved."""
-    return field.mask if len(field.spans) == 1 else 0
-
-
-def level_rows(granule: Granule, start_level: int, ia_bits: int) -> tuple[tuple[int, int, int], ...]:
-    """(level, shift, index mask) from `start_level` down; the first index has all address bits that are left."""
-    rows = []
-    for level in range(start_level, LAST_LEVEL + 1):
-        shift = granule.level_shift(level)
-        width = ia_bits - shift if level == start_level else granule.stride
-        rows.append((level, shift, (1 << width) - 1))
-    return tuple(rows)
 
 
 _TCR: dict[Regime, tuple[str, Layout]] = {
@@ -368,6 +293,15 @@ def _overlays(regs: Registers, regime: Regime, levels: int) -> RuleTable | None:
         return None
     por = regs[f"POR_EL{regime.el}"]
     return overlay_rules(por if levels & PRIVILEGED else None, regs.POR_EL0 if levels & UNPRIVILEGED else None)
+
+
+def stage2_on(regs: Registers) -> bool:
+    """Stage 2 of EL1&0 is on: HCR_EL2.VM or DC, not for a host's EL0, and in Secure state only with SCR_EL3.EEL2.
+
+    Source: pseudocode EL2Enabled, AArch64.FullTranslate; Arm ARM, HCR_EL2.{VM, DC}.
+    """
+    hcr, scr = HCR_EL2.view(regs.HCR_EL2), SCR_EL3.view(regs.SCR_EL3)
+    return bool((hcr.VM or hcr.DC) and not (hcr.E2H and hcr.TGE) and (scr.NS or scr.EEL2))
 
 
 def _rules(regs: Registers, regime: Regime, pie: bool, wxn: bool, epan: bool) -> Rules:
@@ -437,6 +371,7 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         data_cacheable=bool(sctlr.C),
         fetch_cacheable=bool(sctlr.I),
         default_cacheable=bool(regime is Regime.EL10 and hcr.DC),
+        through_stage2=regime is Regime.EL10 and stage2_on(regs),
         secure=not SCR_EL3["NS"].get(regs.SCR_EL3),
         asid=_asid(regs, el, tcr) if has_el0 else None,
         cnp=bool(TTBR["CnP"].get(regs[f"TTBR{int(upper)}_EL{el}"])),

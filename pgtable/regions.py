@@ -21,7 +21,7 @@ from pgtable.classes import ENDS, LEVELS, NO_WORDS, Context, Ends, Judge, Number
 from pgtable.descriptors import LAST_LEVEL, Kind
 from pgtable.faults import FaultType
 from pgtable.memory import PAGE, Memory, NoMemory, PhysicalMemory, WordChanges
-from pgtable.params import WalkParams
+from pgtable.table_params import TableParams
 
 ALIKE = 64  # descriptors reached in the same way that are worth sorting into classes before they are judged
 
@@ -140,7 +140,7 @@ class _Live(NamedTuple):
 class Descent:
     """Walks of one half's addresses. `updates`: the table descriptors whose access flag hardware sets."""
 
-    def __init__(self, source: Reader, p: WalkParams) -> None:
+    def __init__(self, source: Reader, p: TableParams) -> None:
         self.source = source
         self.p = p
         self.keep = np.uint64(inherited_mask(p))

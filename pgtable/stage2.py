@@ -20,9 +20,10 @@ from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import Features
 from pgtable.memory import NoMemory
-from pgtable.params import granule_of, level_rows, most_txsz, output_bits
+from pgtable.params import granule_of, most_txsz, output_bits, stage2_on
 from pgtable.registers import HCR_EL2, PA_BITS, SCTLR_EL1, TTBR, TTBR_52, VTCR_EL2, VTTBR_EL2, Registers
-from pgtable.walk import Fetch, RawStep, Swap, Update
+from pgtable.table_params import TableParams
+from pgtable.walk import Fetch, RawStep, Swap, Update, in_memory
 
 # The root's level by SL0, and with DS also by SL2 (4K): pseudocode S2StartLevel.
 _START = {
@@ -39,7 +40,7 @@ _EXECUTE = {0: EL1_EXECUTE | EL0_EXECUTE, 1: EL0_EXECUTE, 2: 0, 3: EL1_EXECUTE} 
 
 
 @dataclass(frozen=True)
-class Stage2Params:
+class Stage2Params(TableParams):
     """What stage 2 of EL1&0 takes from HCR_EL2, VTCR_EL2 and VTTBR_EL2."""
 
     features: Features
@@ -60,7 +61,10 @@ class Stage2Params:
     data_off: bool  # HCR_EL2.CD
     fetch_off: bool  # HCR_EL2.ID
     big_endian: bool
+    haft: bool  # VTCR_EL2.HAFT
     sh: int  # VTCR_EL2.SH0: what a leaf has with DS = 1
+    upper: bool = False
+    secure: bool = False
 
     @classmethod
     def of(cls, regs: Registers) -> Stage2Params:
@@ -82,7 +86,7 @@ class Stage2Params:
         return cls(
             features=f,
             fmt=Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits == 52),
-            on=bool((hcr.VM or hcr.DC) and not (hcr.E2H and hcr.TGE)),
+            on=stage2_on(regs),
             t0sz=t0sz,
             sl=sl,
             sl_ok=sl in _START[granule] and f.pa_bits >= _LEAST_PA[granule].get(sl, 0) and _allowed(granule, sl, ds, f),
@@ -98,6 +102,7 @@ class Stage2Params:
             data_off=bool(hcr.CD),
             fetch_off=bool(hcr.ID),
             big_endian=bool(SCTLR_EL1["EE"].get(regs.SCTLR_EL2)),
+            haft=bool(f.haft and vtcr.HA and vtcr.HAFT),
             sh=int(vtcr.SH0),
         )
 
@@ -119,11 +124,6 @@ class Stage2Params:
         return least <= self.ia_bits <= least + granule.stride - 1 + CONCATENATED
 
     @cached_property
-    def levels(self) -> tuple[tuple[int, int, int], ...]:
-        """(level, shift, index mask) from the root down; the root's index goes through all concatenated tables."""
-        return level_rows(self.fmt.granule, self.start_level, self.ia_bits)
-
-    @cached_property
     def root_tables(self) -> int:
         """How many tables are concatenated at the root; 1 for a root that is smaller than a table."""
         return max(1, self.levels[0][2] + 1 >> self.fmt.granule.stride)
@@ -135,10 +135,22 @@ class Stage2Params:
         size = max(size, 64) if self.wide else size
         return (TTBR_52 if self.wide else TTBR)["BADDR"].get(self.vttbr) & -size
 
-    @cached_property
-    def over(self) -> int:
-        """Address bits that an output address must not have."""
-        return (1 << 64) - (1 << self.ps_bits)
+    @property
+    def root(self) -> int:
+        """VTTBR_EL2."""
+        return self.vttbr
+
+    @property
+    def why_off(self) -> str:
+        """Why stage 2 translates nothing, "" if it does."""
+        if not self.on:
+            return "stage 2 is off (HCR_EL2.VM and DC)"
+        for ok, text in ((self.txsz_ok, "T0SZ is out of range"), (self.sl_ok, "SL0 is reserved")):
+            if not ok:
+                return f"VTCR_EL2.{text}: every access is a translation fault"
+        if not self.consistent:
+            return "VTCR_EL2.SL0 does not go with T0SZ: every access is a translation fault"
+        return "VTTBR_EL2's address exceeds the output size" if self.base & self.over else ""
 
 
 def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
@@ -168,6 +180,11 @@ class Stage2Walk(NamedTuple):
     result: Stage2 | Fault
     updates: tuple[Update, ...]
 
+    @property
+    def stored_updates(self) -> tuple[Update, ...]:
+        """`updates` as memory holds them, where SCTLR_EL2.EE has tables in the other byte order."""
+        return tuple(in_memory(update, self.params.big_endian) for update in self.updates)
+
 
 def stage2_walk(
     fetch: Fetch, p: Stage2Params, ipa: int, access: Access, *, s1ptw: bool = False, swap: Swap | None = None
@@ -177,7 +194,7 @@ def stage2_walk(
         raw: list[RawStep] = []
         updates: list[Update] = []
         result = _translate(fetch, p, ipa, access, s1ptw, raw, updates)
-        if swap is None or all(swap(*update) for update in updates):
+        if swap is None or all(swap(*in_memory(update, p.big_endian)) for update in updates):
             return Stage2Walk(ipa, access, s1ptw, p, tuple(raw), result, tuple(updates))
 
 
@@ -210,7 +227,9 @@ def _translate(
             return _fault(FaultType.TRANSLATION, level, s1ptw, "descriptor")
         if kind is not Kind.TABLE:
             return _leaf(p, ipa, access, s1ptw, (level, pa, word), updates)
-        table, above = p.fmt.table(LAST_LEVEL - 1)["TA"].get(word), level
+        table, above = p.table_address(word), level
+        if p.haft and not word & p.table_af and not table & p.over:
+            updates.append(Update(pa, word, word | p.table_af))
     raise AssertionError("level 3 has no tables")
 
 

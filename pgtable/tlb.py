@@ -20,6 +20,7 @@ from pgtable.access import Access
 from pgtable.descriptors import LAST_LEVEL, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.memory import Memory, NoMemory
+from pgtable.mmu import regime_of
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import VTTBR_EL2, Registers
 from pgtable.tlb_events import (
@@ -43,7 +44,7 @@ from pgtable.tlb_stale import CONFLICT, FREED, Judge, conflict, outcome, replay
 from pgtable.tlb_store import SHARED, Entry, Policy, Steps, Stores
 from pgtable.tlb_unseen import Unseen
 from pgtable.tlbi import Domain, Invalidation, Target, canonical, misses
-from pgtable.walk import Swap, Walk, regime_of, walk
+from pgtable.walk import Swap, Walk, in_memory, walk
 
 __all__ = ["Entry", "Policy", "TlbModel", "run"]
 
@@ -124,7 +125,7 @@ class TlbModel:
             self._judge.note(CONFLICT, cpu, pc, va, entry)
             fault = Fault(FaultType.TLB_CONFLICT, entry.target.level, cause="TLB conflict")
             return Walk(va, access, p, found.raw, fault)
-        if swap is not None and not all(swap(*update) for update in found.updates):
+        if swap is not None and not all(swap(*in_memory(update, p.big_endian)) for update in found.updates):
             self._stores.remove(cpu, lambda one: one is entry)
             return self.access(cpu, va, access, pc, swap)
         self._compare(cpu, va, access, pc, p, entry, found)

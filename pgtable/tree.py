@@ -12,7 +12,7 @@ Sources: Arm ARM D8.2 and D8.3 (translation table lookup), pseudocode S1Walk.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,16 @@ import numpy.typing as npt
 from pgtable.bits import Flags, Words
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.memory import TableMemory
+from pgtable.mmu import regime_of
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
-from pgtable.walk import regime_of
+from pgtable.table_params import TableParams
 
 MAX_REPEATED = 1 << 20  # bytes of tables that were visited before that a level may always have
 CHUNK = 512  # tables that are read at a time
 ROOT = (1 << 64) - 1  # the slot of a root: no descriptor refers to it
 
+P = TypeVar("P", bound=TableParams)
 Levels = npt.NDArray[np.int8]
 Index = npt.NDArray[np.int64]
 
@@ -73,10 +75,10 @@ class Finding(NamedTuple):
         return f"{self.kind}: VA {self.va:#018x}, {self.size:#x} bytes: {self.text}"
 
 
-class Tree(NamedTuple):
+class Tree(NamedTuple, Generic[P]):
     """A half's tables: `levels` from the root down, and what is wrong with them. `complete`: nothing was left out."""
 
-    params: WalkParams
+    params: P
     levels: list[Tables]
     findings: list[Finding]
     complete: bool
@@ -84,7 +86,7 @@ class Tree(NamedTuple):
 
 def halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
     """The walk parameters of the halves that are on, with a root that can be reached: lower, then upper."""
-    return [p for p in all_halves(regs, regime) if not why_off(p)]
+    return [p for p in all_halves(regs, regime) if not p.why_off]
 
 
 def all_halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams]:
@@ -93,24 +95,13 @@ def all_halves(regs: Registers, regime: Regime | None = None) -> list[WalkParams
     return [WalkParams.of(regs, regime, va) for va in ((0, 1 << 63 | 1 << 55) if regime.has_el0 else (0,))]
 
 
-def why_off(p: WalkParams) -> str:
-    """Why a half translates nothing, "" if it does."""
-    if not p.mmu_on:
-        return "the MMU is off"
-    if p.epd:
-        return "TCR.EPD is set: walks are off"
-    if not p.txsz_ok:
-        return f"TCR.T{int(p.upper)}SZ is out of range: every access is a translation fault"
-    return "TTBR's address exceeds the output size" if p.base & p.over else ""
-
-
-def words_of(memory: TableMemory, p: WalkParams, pas: Words, entries: int) -> tuple[Words, Flags]:
+def words_of(memory: TableMemory, p: TableParams, pas: Words, entries: int) -> tuple[Words, Flags]:
     """The descriptors in tables: uint64 (len(pas), entries) in the CPU's order, and whether there is RAM."""
     words, there = memory.tables(pas, entries)
     return (words.byteswap() if p.big_endian else words), there
 
 
-def grow(memory: TableMemory, p: WalkParams) -> Tree:
+def grow(memory: TableMemory, p: P) -> Tree[P]:
     """Visits all tables of a half. The words of the last level's tables are not read."""
     tree = Tree(p, [], [], True)
     here = _root(memory, p)
@@ -133,7 +124,7 @@ def grow(memory: TableMemory, p: WalkParams) -> Tree:
     return tree
 
 
-def _root(memory: TableMemory, p: WalkParams) -> Tables:
+def _root(memory: TableMemory, p: TableParams) -> Tables:
     pa = np.array([p.base], np.uint64)
     level = np.array([p.start_level], np.int8)
     zero = np.zeros(1, np.uint64)
@@ -141,7 +132,7 @@ def _root(memory: TableMemory, p: WalkParams) -> Tables:
 
 
 def _below(
-    memory: TableMemory, p: WalkParams, above: Tables, entries: int, findings: list[Finding]
+    memory: TableMemory, p: TableParams, above: Tables, entries: int, findings: list[Finding]
 ) -> tuple[Tables, Index]:
     """The tables that a level's entries refer to, and for each the row in `above` of the table that does."""
     level = int(above.level[0])
@@ -170,7 +161,7 @@ def _below(
     )
 
 
-def _absent(p: WalkParams, found: Tables) -> Iterator[Finding]:
+def _absent(p: TableParams, found: Tables) -> Iterator[Finding]:
     """Tables where there is no RAM."""
     for i in np.flatnonzero(~found.there).tolist():
         level = int(found.level[i])
@@ -178,12 +169,12 @@ def _absent(p: WalkParams, found: Tables) -> Iterator[Finding]:
         yield Finding("no memory", int(found.va[i]), _span(p, level), level - 1, int(found.slot[i]), text)
 
 
-def _span(p: WalkParams, level: int) -> int:
+def _span(p: TableParams, level: int) -> int:
     """Bytes of VA that a table of `level` entries translates."""
     return 1 << p.ia_bits if level == p.start_level else p.fmt.granule.level_size(level - 1)
 
 
-def _most(tree: Tree, below: Tables) -> int:
+def _most(tree: Tree[P], below: Tables) -> int:
     """Repeated visits that a level may have: a tree with one entry for itself has as many as it has tables."""
     pages = np.unique(np.concatenate([each.pa[each.there] for each in (below, *tree.levels)]))
     return max(MAX_REPEATED // tree.params.fmt.granule.page_size, 2 * len(pages) if MAX_REPEATED else 0)
@@ -201,7 +192,7 @@ def _limited(pa: Words, most: int) -> Index:
     return np.flatnonzero(~repeated)
 
 
-def _left_out(p: WalkParams, found: Tables, keep: Index) -> Iterator[Finding]:
+def _left_out(p: TableParams, found: Tables, keep: Index) -> Iterator[Finding]:
     """The VA ranges below tables that are not visited, neighbours joined."""
     out = np.ones(len(found.pa), bool)
     out[keep] = False
@@ -215,7 +206,7 @@ def _left_out(p: WalkParams, found: Tables, keep: Index) -> Iterator[Finding]:
         yield Finding("not listed", int(vas[first]), size * count, level - 1, 0, text)
 
 
-def _repeated(p: WalkParams, found: Tables, parents: list[tuple[Words, Index]], findings: list[Finding]) -> None:
+def _repeated(p: TableParams, found: Tables, parents: list[tuple[Words, Index]], findings: list[Finding]) -> None:
     """Tables that are on their own path, and pages that several descriptors refer to."""
     looped = np.zeros(len(found.pa), bool)
     row = parents[-1][1]

@@ -27,10 +27,10 @@ from pgtable.attributes import (
 from pgtable.bits import W
 from pgtable.descriptors import LAST_LEVEL, Format, Kind
 from pgtable.faults import Fault, FaultType
-from pgtable.memory import Memory, NoMemory
-from pgtable.params import Regime, WalkParams
+from pgtable.memory import NoMemory
+from pgtable.params import WalkParams
 from pgtable.permissions import ALL, PR, PW, TO_UNPRIVILEGED, with_overlay
-from pgtable.registers import HCR_EL2, Registers
+from pgtable.registers import PAR_OK
 
 Fetch = Callable[[int], int]
 Swap = Callable[[int, int, int], bool]
@@ -52,6 +52,14 @@ class Update(NamedTuple):
     pa: int
     old: int
     new: int
+
+
+def in_memory(update: Update, big_endian: bool) -> Update:
+    """The update with its words as memory holds them: walks keep descriptors in the CPU's order."""
+    if not big_endian:
+        return update
+    old, new = (int.from_bytes(word.to_bytes(8, "big"), "little") for word in update[1:])
+    return Update(update.pa, old, new)
 
 
 class Translation(NamedTuple):
@@ -80,38 +88,18 @@ class Translation(NamedTuple):
         """A guarded page: branches into it must land on BTI (FEAT_BTI). The bit is the same in every format."""
         return bool(self.word & _GP)
 
+    def par(self) -> int:
+        """PAR_EL1 after an AT instruction (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
+        pa = self.pa & PAR_OK["PA"].value_mask
+        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=1, PA=pa, ATTR=self.attr)
+
 
 _GP = Format().leaf(LAST_LEVEL)["GP"].mask
 
 RawStep = tuple[int, int, int]  # level, pa, word
 
 
-class Outcome:
-    """What a walk with a `va` and a `result` came to."""
-
-    __slots__ = ()
-    va: int
-    result: Translation | Fault
-
-    @property
-    def ok(self) -> bool:
-        """The access translates."""
-        return isinstance(self.result, Translation)
-
-    @property
-    def fault(self) -> Fault | None:
-        """The fault, None where the access translates."""
-        return self.result if isinstance(self.result, Fault) else None
-
-    @property
-    def pa(self) -> int:
-        """The PA; raises ValueError on a fault."""
-        if isinstance(self.result, Fault):
-            raise ValueError(f"VA {self.va:#x}: {self.result}")
-        return self.result.pa
-
-
-class Walk(Outcome):
+class Walk:
     """One translation with its evidence: `result`, `steps`, `updates`. `print(walk)` shows every step."""
 
     __slots__ = ("__dict__", "access", "params", "raw", "result", "updates", "va")
@@ -132,6 +120,23 @@ class Walk(Outcome):
         self.result = result
         self.updates = updates
 
+    @property
+    def ok(self) -> bool:
+        """The access translates."""
+        return isinstance(self.result, Translation)
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault, None where the access translates."""
+        return self.result if isinstance(self.result, Fault) else None
+
+    @property
+    def pa(self) -> int:
+        """The PA; raises ValueError on a fault."""
+        if isinstance(self.result, Fault):
+            raise ValueError(f"VA {self.va:#x}: {self.result}")
+        return self.result.pa
+
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The descriptors read, in order."""
@@ -151,69 +156,13 @@ class Walk(Outcome):
         return f"<Walk {self.va:#x} {self.access}: {self.result}>"
 
 
-def translate(
-    memory: Memory,
-    regs: Registers,
-    va: int,
-    access: Access | None = None,
-    *,
-    regime: Regime | None = None,
-    swap: Swap | None = None,
-) -> Walk:
-    """What `access` (default: an EL1 read) to `va` does: a Walk, whose result is a Translation or a Fault.
-
-    `swap(pa, old, new)` makes hardware updates (access flag, dirty state) and says whether the word was still `old`;
-    without it they are only listed in `updates`. Source: pseudocode AArch64.S1Translate.
-    """
-    access = access or _READ
-    if va >> 64:
-        raise ValueError(f"VA {va:#x}: must be 64 bits")
-    if regime is None:
-        key = access.el, va >> 55 & 1
-        params = regs._params.get(key)
-        if params is None:
-            params = regs._params[key] = WalkParams.of(regs, regime_of(regs, access.el), va)
-    else:
-        params = WalkParams.of(regs, regime, va)
-    return walk(memory.fetch, params, va, access, swap)
-
-
-_READ = Access()
-
-
-def regime_of(regs: Registers, el: int) -> Regime:
-    """The regime that an access at exception level `el` uses (pseudocode TranslationRegime)."""
-    if el == 3:
-        return Regime.EL3
-    host = HCR_EL2["E2H"].get(regs.HCR_EL2)
-    if el == 2:
-        return Regime.EL20 if host else Regime.EL2
-    return Regime.EL20 if el == 0 and host and HCR_EL2["TGE"].get(regs.HCR_EL2) else Regime.EL10
-
-
-def branch_target(regs: Registers, va: int, el: int) -> int:
-    """The PC after a branch to `va` at exception level `el`: a tag that TBI ignores is replaced by copies of bit 55.
-
-    Source: pseudocode AArch64.BranchAddr. Fetch faults report this address in FAR_ELx.
-    """
-    p = WalkParams.of(regs, regime_of(regs, el), va)
-    if not p.tbi or p.tbid:
-        return va
-    low = va & TAG_BYTE - 1
-    return low | (_U64 ^ TAG_BYTE - 1) if p.regime.has_el0 and low >> 55 else low
-
-
-TAG_BYTE = 1 << 56  # the lowest bit of the tag that TBI ignores
-_U64 = (1 << 64) - 1
-
-
 def walk(fetch: Fetch, p: WalkParams, va: int, access: Access, swap: Swap | None = None) -> Walk:
-    """The walk proper, for parameters already read. See `translate`."""
+    """The walk proper, for parameters already read. See `translate` (mmu.py)."""
     while True:
         raw: list[RawStep] = []
         updates: list[Update] = []
         result = _translate(fetch, p, va, access, raw, updates)
-        if swap is None or all(swap(*update) for update in updates):
+        if swap is None or all(swap(*in_memory(update, p.big_endian)) for update in updates):
             return Walk(va, access, p, raw, result, tuple(updates))
         # Another observer changed a descriptor between read and write: hardware reads it again.
 
@@ -269,7 +218,7 @@ def _verdict(p: WalkParams, level: int, word: int, inherited: int, access: Acces
         return fault
     if not word & p.af and not p.ha:
         return Fault(FaultType.ACCESS_FLAG, level, cause="AF")
-    attr = p.mair[_attr_index(p, word)]
+    attr = p.mair[p.attr_index(word)]
     if not access.aligned and access.type is not AccessType.FETCH and is_device(attr):
         return Fault(FaultType.ALIGNMENT, level)
     base, overlay, pan = leaf_permissions(p, word, inherited)
@@ -341,12 +290,6 @@ def _early_leaf_fault(p: WalkParams, level: int, word: int) -> Fault | None:
     if p.features.nt_faults and level < LAST_LEVEL and p.features.bbm and word & p.nt:
         return Fault(FaultType.TRANSLATION, level, cause="nT")
     return None
-
-
-def _attr_index(p: WalkParams, word: int) -> int:
-    leaf = p.page
-    index = leaf["AttrIndx"].get(word)
-    return index | leaf["AttrIndx3"].get(word) << 3 if p.fmt.aie else index
 
 
 def leaf_permissions(p: WalkParams, word: W, inherited: W) -> tuple[W, W, W]:
@@ -428,7 +371,7 @@ def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: A
 
 def leaf_memory(p: WalkParams, level: int, word: int) -> tuple[int, int]:
     """The memory attributes (a MAIR byte) and the shareability that a leaf gives to data accesses, fault or not."""
-    found = _leaf_output(p, level, word, 0, _READ, p.mair[_attr_index(p, word)], 0)
+    found = _leaf_output(p, level, word, 0, Access(), p.mair[p.attr_index(word)], 0)
     return found.attr, found.sh
 
 

@@ -8,10 +8,11 @@ row explains is unexplained.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+from emu.judge import known_stage2 as stage2
 from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
-from pgtable import AccessType, FaultType, Granule, Translation, Walk
+from pgtable import AccessType, FaultType, Granule, NestedWalk, Translation, Walk
 from pgtable.attributes import MemoryAttributes, forced_outer, is_device
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import fault_code
@@ -54,13 +55,16 @@ class Context(NamedTuple):
         return translated and not (self.judge ^ self.model) & ~PAR_OK.mask(*fields, "NS", "IMPDEF")
 
 
-class Known(NamedTuple):
+C = TypeVar("C")
+
+
+class Known(NamedTuple, Generic[C]):
     """One known fault or choice of a judge."""
 
     name: str
     judge: str
     rule: str
-    applies: Callable[[Context], bool]
+    applies: Callable[[C], bool]
 
 
 def _high_bits_64k(c: Context) -> bool:
@@ -100,9 +104,7 @@ def _reserved(c: Context) -> bool:
 
 
 def _page_attr(c: Context) -> int:
-    from pgtable.walk import _attr_index
-
-    return c.walk.params.mair[_attr_index(c.walk.params, c.last)]
+    return c.walk.params.mair[c.walk.params.attr_index(c.last)]
 
 
 def _low_memory(c: Context) -> bool:
@@ -130,7 +132,7 @@ OLD = "7.2"  # Debian 12's QEMU
 TAKEN_BY_OLD = {(Granule.K4, 0), (Granule.K16, 1), (Granule.K16, 0)}  # without DS there are no blocks here
 BLOCK = 1  # bits [1:0] of a block descriptor
 
-KNOWN: tuple[Known, ...] = (
+KNOWN: tuple[Known[Context], ...] = (
     Known(
         "T1",
         "QEMU 11.1",
@@ -196,9 +198,61 @@ KNOWN: tuple[Known, ...] = (
 )
 
 
+KNOWN_NESTED: tuple[Known[stage2.Context], ...] = (
+    Known(
+        "T1",
+        "QEMU 11.1",
+        "AT of a write to a clean page, HA = HD = 1 and DBM = 1 at stage 2, succeeds without writing; 11.1 reports a "
+        "permission fault",
+        stage2.clean_page_write,
+    ),
+    Known(
+        "T5",
+        "every QEMU",
+        "bits [15:12] of 64K descriptors, and [9:8] with DS = 1, are address bits of stage 2 too whatever PS is",
+        stage2.high_bits,
+    ),
+    Known("T7", "every QEMU", "SCTLR_EL1.C = 0 makes stage 1's Normal type non-cacheable", stage2.cache_off),
+    Known(
+        "T8",
+        "every QEMU",
+        "a reserved MAIR byte, MemAttr (S2DecodeMemAttrs) or shareability of either stage: any attributes are right",
+        stage2.reserved,
+    ),
+    Known(
+        "T9",
+        "every QEMU",
+        "the fault of HCR_EL2.PTW is a permission fault at the level of stage 2's leaf (S2CheckPermissions); QEMU says "
+        "level 0",
+        stage2.ptw_level,
+    ),
+    Known(
+        "T10",
+        "every QEMU",
+        "with FWB and two Device types the stricter one counts (S2ApplyFWBMemAttrs); QEMU takes stage 2's",
+        stage2.two_devices,
+    ),
+    Known(
+        "T11",
+        "every QEMU",
+        "Device and Normal combine to the Device type (S2CombineS1MemAttrs); QEMU mixes their bits",
+        stage2.mixed,
+    ),
+    Known(
+        "T12",
+        "every QEMU",
+        "stage 1's hints and transience stay where stage 2 limits it to write-through (S2CombineS1AttrHints)",
+        stage2.transient,
+    ),
+)
+
+
 def explain(case: Case, walk: Walk | None, judge: Answer, model: Answer) -> str:
     """The name of the first row that explains a disagreement, "" if none does."""
     if walk is None:
         return ""
+    if isinstance(walk, NestedWalk):
+        nested = stage2.Context(case, walk, judge, model)
+        return next((row.name for row in KNOWN_NESTED if row.applies(nested)), "")
     context = Context(case, walk, judge, model)
     return next((row.name for row in KNOWN if row.applies(context)), "")

@@ -13,12 +13,28 @@ from functools import cache
 
 import numpy as np
 
-from emu.judge.corpus import DONE, EXC, Answer, Case, islands
-from pgtable import CPUS, Access, Fault, FaultType, PhysicalMemory, Registers, Walk, at_walk, translate
-from pgtable.at import OPERATIONS, par_of, stage2_on
-from pgtable.bulk import Many, at_many, translate_many
+from emu.judge.corpus import DONE, EXC, TO_EL2, Answer, Case, islands
+from pgtable import (
+    CPUS,
+    Access,
+    Fault,
+    FaultType,
+    NestedMany,
+    NestedWalk,
+    PhysicalMemory,
+    Registers,
+    Walk,
+    at_many,
+    at_walk,
+    translate,
+    translate_many,
+)
+from pgtable.at import OPERATIONS, external_abort
+from pgtable.bits import Words
+from pgtable.bulk import Many
+from pgtable.mmu import branch_target
 from pgtable.registers import NAMES
-from pgtable.walk import Swap, branch_target
+from pgtable.walk import Swap
 
 # The accesses that an access corpus makes: op, the access.
 ACCESSES: dict[str, Access] = {
@@ -84,15 +100,8 @@ def tried(case: Case) -> list[bool]:
 
 
 def in_model(case: Case, op: str, regs: Registers) -> bool:
-    """Whether the model answers a query: stage 2 is not modelled."""
-    if case.is_access:
-        return op in ACCESSES and not stage2_on(regs)
-    return op in OPERATIONS and not (op.startswith("S12") and stage2_on(regs)) and not _nested(op, regs)
-
-
-def _nested(op: str, regs: Registers) -> bool:
-    """A stage 1 operation of EL1&0 whose table accesses go through stage 2."""
-    return stage2_on(regs) and op.startswith(("S1E0", "S1E1"))
+    """Whether the model answers a query."""
+    return op in (ACCESSES if case.is_access else OPERATIONS)
 
 
 def by_walk(case: Case) -> Answered:
@@ -132,15 +141,17 @@ def _walk(case: Case, memory: PhysicalMemory, regs: Registers, va: int, op: str,
 
 def _par(walk: Walk) -> int:
     if not isinstance(walk.result, Fault):
-        return par_of(walk.result)
+        return walk.result.par()
     if walk.result.type is FaultType.EXTERNAL_ON_WALK:
-        return EXC | walk.result.esr(walk.access, target_el=max(walk.access.el, 1))
+        return EXC | external_abort(walk)
     return walk.result.par()
 
 
 def _syndrome(walk: Walk) -> Answer:
     if walk.fault is None:
         return DONE
+    if isinstance(walk, NestedWalk) and walk.fault.stage == 2:
+        return TO_EL2 | walk.fault.esr(walk.access, target_el=2), walk.va, walk.hpfar
     return walk.fault.esr(walk.access), walk.va, 0
 
 
@@ -174,8 +185,10 @@ def _many(
     if op.startswith("EX"):
         vas = [branch_target(regs, va & -INSTRUCTION, access.el) for va in vas]
     many = translate_many(memory, regs, np.array(vas, np.uint64), access, swap=True)
-    rows = zip(many.ok.tolist(), many.esr().tolist(), vas, strict=True)
-    return [DONE if ok else (esr, va, 0) for ok, esr, va in rows], _updates(many)
+    to_el2: Words = many.stage2 * np.uint64(TO_EL2)
+    hpfar = many.hpfar() if isinstance(many, NestedMany) else np.zeros_like(to_el2)
+    rows = zip(many.ok.tolist(), (many.esr() | to_el2).tolist(), vas, hpfar.tolist(), strict=True)
+    return [DONE if ok else (esr, va, ipa) for ok, esr, va, ipa in rows], _updates(many)
 
 
 def _updates(many: Many) -> dict[int, int]:

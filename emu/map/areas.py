@@ -17,7 +17,7 @@ from emu.linux_dump import LinuxTables
 from emu.sources import Source
 from pgtable.listing import Listing
 from pgtable.params import WalkParams
-from pgtable.tree import all_halves, why_off
+from pgtable.tree import all_halves
 
 END = 1 << 64
 
@@ -47,7 +47,7 @@ def halves(listing: Listing) -> list[Half]:
 def _half(p: WalkParams) -> Half:
     end = END if p.upper else 1 << p.ia_bits
     return Half(
-        p.half_base, end, f"{'upper' if p.upper else 'lower'} half, TTBR{int(p.upper)}_EL{p.regime.el}", why_off(p)
+        p.half_base, end, f"{'upper' if p.upper else 'lower'} half, TTBR{int(p.upper)}_EL{p.regime.el}", p.why_off
     )
 
 

@@ -567,13 +567,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "MAIR byte",
         "AttrIndx chooses the byte of MAIR",
         "S1DecodeMemAttrs",
-        Edit("walk:_attr_index", ('leaf["AttrIndx"].get(word)', "0")),
+        Edit("params:WalkParams.attr_index", ('self.page["AttrIndx"].get(word)', "0")),
     ),
     _mutant(
         "AIE",
         "AIE: AttrIndx[3] chooses MAIR2",
         "S1DecodeMemAttrs",
-        Edit("walk:_attr_index", ('| leaf["AttrIndx3"].get(word) << 3 if p.fmt.aie else index', "")),
+        Edit(
+            "params:WalkParams.attr_index", ('| self.page["AttrIndx3"].get(word) << 3 if self.fmt.aie else index', "")
+        ),
     ),
     _mutant(
         "forced SH",

@@ -93,13 +93,12 @@ def test_command_fails_when_nothing_was_judged(tmp_path: Path) -> None:
     assert CliRunner().invoke(judge, [str(tmp_path / "a.jsonl")]).exit_code == 1
 
 
-def test_stage_2_kinds_are_skipped_and_counted(tmp_path: Path) -> None:
-    case = next(c for c in load(CORPUS / "at_clean.jsonl.xz") if c.kind == "s1s2")
-    save(tmp_path / "a.jsonl", [case, one_case()])
-    done = CliRunner().invoke(judge, [str(tmp_path / "a.jsonl"), "--json"])
-    kinds = {k["kind"]: k for k in json.loads(done.stdout)["kinds"]}
-    assert done.exit_code == 0
-    assert kinds["s1s2"]["skipped"] == len(case.queries)
+def test_a_wrong_answer_of_stage_2_is_seen(tmp_path: Path) -> None:
+    case = next(c for c in load(CORPUS / "access.jsonl.xz") if c.kind == "s2")
+    save(tmp_path / "a.jsonl", [case])
+    assert CliRunner().invoke(judge, [str(tmp_path / "a.jsonl")]).exit_code == 0
+    save(tmp_path / "a.jsonl", [wrong(case)])
+    assert CliRunner().invoke(judge, [str(tmp_path / "a.jsonl")]).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 
 from pgtable import Access, Kind, PhysicalMemory, Registers, translate
 from pgtable.features import CPUS
+from pgtable.mmu import regime_of
 from pgtable.params import Regime, WalkParams
-from pgtable.walk import Step, regime_of
+from pgtable.walk import Step
 from tests.pgtable.hand import OUT, ROOT, TABLE_STEP, U64, Words, hcr, leaf, start_level, table, tcr, tree
 
 # Granule, DS, start level, digits of the VA resolved at each level and within the page.

@@ -12,6 +12,7 @@ from pgtable.build import TableBuilder
 from pgtable.features import CPUS
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import TCR_EL1
+from pgtable.walk import walk
 from tests.pgtable.hand import NAMES, OUT, REGIME_EL, Tree, hcr, leaf, tcr, tcr2, tree
 
 ATTRIBUTES = 0x0102_0304_AABB_44FF
@@ -158,7 +159,8 @@ def test_with_the_mmu_off_data_is_device_and_code_is_normal(
 def test_default_cacheable_switches_stage_1_of_el1_off_and_makes_everything_write_back() -> None:
     made = tree(va=OUT).with_regs(HCR_EL2=hcr(DC=1))
     for access in (Access.read(), Access.fetch(), Access.write(0)):
-        found = ask(made, access)
+        found = walk(made.memory.fetch, WalkParams.of(made.regs, Regime.EL10, OUT), OUT, access).result
+        assert isinstance(found, Translation)
         assert (found.pa, found.attr, found.sh) == (OUT, 0xFF, NSH)
     host = tree(regime="EL20")
     assert ask(host.with_regs(HCR_EL2=host.regs.HCR_EL2 | 1 << 12), Access.read(2)).level == 3, "EL2 is not touched"

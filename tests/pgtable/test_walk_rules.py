@@ -11,8 +11,8 @@ from itertools import product
 import pytest
 
 from pgtable import Access, AccessType, Fault, Translation, translate, translate_many
+from pgtable.mmu import branch_target
 from pgtable.permissions import ALL, PG, PR, PW, PX, UG, UR, UW, UX
-from pgtable.walk import branch_target
 from tests.pgtable.hand import OUT, U64, Tree, leaf, tcr2, tree
 from tests.pgtable.test_permissions import (
     NO_OVERLAY,
