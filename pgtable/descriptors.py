@@ -231,12 +231,14 @@ def _below(fmt: Format, shift: int, low: int = 12) -> list[Field]:
     return rows
 
 
+# With indirect permissions the bits that were execute-never, DBM and the lower access bit index PIR_ELx or S2PIR_EL2.
+_PIINDEX = (Span(54, 1, 3), Span(53, 1, 2), Span(51, 1, 1), Span(6, 1, 0))
+
+
 def _permission_rows(fmt: Format) -> list[Field]:
     if fmt.pie:
-        # With indirect permissions the bits that were UXN, PXN, DBM and AP[1] index PIR_ELx; AP[2] is nDirty.
-        index = (Span(54, 1, 3), Span(53, 1, 2), Span(51, 1, 1), Span(6, 1, 0))
         return [
-            Field("PIIndex", index, "which field of PIR_ELx gives the permissions"),
+            Field("PIIndex", _PIINDEX, "which field of PIR_ELx gives the permissions"),
             bits("nDirty", 7, doc="not dirty: a write makes it 0", values={0: "dirty", 1: "clean"}),
         ]
     if fmt.el0:
@@ -294,21 +296,32 @@ def _stage1_rows(fmt: Format) -> list[Field]:
 
 def _stage2_rows(fmt: Format) -> list[Field]:
     """What stage 2 has of its own; bits 58 and 55 are software's where the feature they name is not used."""
-    dirty = {0: DBM_VALUES[0], 1: "hardware may set S2AP[1] at a write (VTCR_EL2.HD)"}
     return [
         bits("MemAttr", 5, 2, "memory type, a limit on stage 1's", S2_MEMATTR_FWB if fmt.fwb else S2_MEMATTR),
-        bits("S2AP", 7, 6, "data access permissions, a limit on stage 1's", S2AP_VALUES),
+        *_stage2_permission_rows(fmt),
         bits("FnXS", 11, doc="TLBI nXS need not wait", values={0: "XS is 1", 1: "XS is 0 (FEAT_XS)"}),
         res0(50),
-        bits("DBM", 51, doc="dirty bit modifier: hardware may set S2AP[1] on a write", values=dirty),
-        bits("XN", 54, 53, "execute-never XN[1:0]; bit 53 needs FEAT_XNX", S2XN_VALUES),
         bits("NS", 55, doc="Realm state: output address space is Non-secure; else for software"),
         ignored(57, 56, "for software"),
         bits(
             "AssuredOnly", 58, doc="with VTCR_EL2.AssuredOnly (FEAT_THE): assured translations only; else for software"
         ),
-        ignored(62, 59),
+        bits("POIndex", 62, 59, "which field of S2POR_EL1 overlays") if fmt.poe else ignored(62, 59),
         ignored(63),
+    ]
+
+
+def _stage2_permission_rows(fmt: Format) -> list[Field]:
+    if fmt.pie:
+        return [
+            Field("PIIndex", _PIINDEX, "which field of S2PIR_EL2 gives the permissions"),
+            bits("Dirty", 7, doc="dirty: a write needs it or sets it", values={0: "clean", 1: "dirty"}),
+        ]
+    dirty = {0: DBM_VALUES[0], 1: "hardware may set S2AP[1] at a write (VTCR_EL2.HD)"}
+    return [
+        bits("S2AP", 7, 6, "data access permissions, a limit on stage 1's", S2AP_VALUES),
+        bits("DBM", 51, doc="dirty bit modifier: hardware may set S2AP[1] on a write", values=dirty),
+        bits("XN", 54, 53, "execute-never XN[1:0]; bit 53 needs FEAT_XNX", S2XN_VALUES),
     ]
 
 

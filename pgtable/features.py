@@ -32,6 +32,8 @@ class Features:
     tcr2: bool = True
     pie: bool = True
     poe: bool = True
+    s2pie: bool = True
+    s2poe: bool = True
     aie: bool = True
     haft: bool = True
     txsz_faults: bool = True
@@ -46,7 +48,18 @@ class Features:
 
 
 _OLD = Features(
-    ttst=False, lva=False, lpa2=False, e0pd=False, bbm=0, tcr2=False, pie=False, poe=False, aie=False, haft=False
+    ttst=False,
+    lva=False,
+    lpa2=False,
+    e0pd=False,
+    bbm=0,
+    tcr2=False,
+    pie=False,
+    poe=False,
+    s2pie=False,
+    s2poe=False,
+    aie=False,
+    haft=False,
 )
 _4K_64K = frozenset({"4K", "64K"})
 CPUS: dict[str, Features] = {

@@ -21,6 +21,7 @@ from pgtable.memory import Memory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk
+from pgtable.syndromes import HPFAR_EL2
 from pgtable.walk import RawStep, Swap, Translation, Update, Walk, in_memory, walk
 
 READ_TABLE, WRITE_TABLE = Access(AccessType.READ), Access(AccessType.WRITE)
@@ -72,12 +73,21 @@ class NestedWalk(Walk):
 
     @property
     def hpfar(self) -> int:
-        """HPFAR_EL2 of a stage 2 fault: FIPA in bits [43:4]; 0 where it is UNKNOWN, and for faults of stage 1."""
-        fault, ipa = self.fault, self.ipa
-        if fault is None or fault.stage != 2 or ipa is None:
-            return 0
-        valid = fault.type in HAS_FIPA or (fault.s1ptw and fault.type is FaultType.PERMISSION)
-        return ipa >> 12 << 4 if valid else 0
+        """HPFAR_EL2 of a stage 2 fault; 0 where it is UNKNOWN, and for faults of stage 1."""
+        return HPFAR_EL2.pack(FIPA=(self.ipa or 0) & -1 << 12, NS=int(self._secure_ns)) if self.has_fipa else 0
+
+    @property
+    def has_fipa(self) -> bool:
+        """HPFAR_EL2 has the IPA (pseudocode IPAValid)."""
+        fault = self.fault
+        if fault is None or fault.stage != 2:
+            return False
+        return fault.type in HAS_FIPA or (fault.s1ptw and fault.type is FaultType.PERMISSION)
+
+    @property
+    def _secure_ns(self) -> bool:
+        """The IPA that stage 2 was asked for is in Secure state's Non-secure space."""
+        return self.params.secure and self.last_stage2 is not None and self.last_stage2.params.ipa_ns
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -109,9 +119,9 @@ def translate_nested(
     if va >> 64:
         raise ValueError(f"VA {va:#x}: must be 64 bits")
     access = access or Access()
-    p2 = Stage2Params.of(regs)
-    through = _Through(memory, WalkParams.of(regs, Regime.EL10, va), p2, swap)
+    through = _Through(memory, regs, va, swap)
     first = through.walk(va, access)
+    p2 = Stage2Params.of(regs, ns=through.secure and isinstance(first.result, Translation) and first.result.ns)
     second, result = None, first.result
     if isinstance(first.result, Translation) and p2.on and not stage1_only:
         second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
@@ -127,8 +137,10 @@ class _Through:
     `tables`: the walks that this took. `updates`: what hardware changes on the way, in the tables of both stages.
     """
 
-    def __init__(self, memory: Memory, p: WalkParams, p2: Stage2Params, swap: Swap | None) -> None:
-        self._memory, self._p, self._p2, self._swap = memory, p, p2, swap
+    def __init__(self, memory: Memory, regs: Registers, va: int, swap: Swap | None) -> None:
+        self._memory, self._regs, self._swap = memory, regs, swap
+        self._p = p = WalkParams.of(regs, Regime.EL10, va)
+        self.secure = p.secure
         self._raw: list[RawStep] = []
         self.tables: list[Stage2Walk] = []
         self.updates: list[Update] = []
@@ -140,8 +152,11 @@ class _Through:
         except _Stage2Abort as abort:
             return Walk(va, access, self._p, self._raw, abort.fault)
 
-    def _reach(self, ipa: int, how: Access) -> int:
-        found = stage2_walk(self._memory.fetch, self._p2, ipa, how, s1ptw=True, swap=self._swap)
+    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> int:
+        """The PA of the descriptor at `ipa`, below the tables `above`: those say which IPA space it is in."""
+        ns = self.secure and any(word & self._p.ns_table for _, _, word in above)
+        p2 = Stage2Params.of(self._regs, ns=ns)
+        found = stage2_walk(self._memory.fetch, p2, ipa, how, s1ptw=True, swap=self._swap)
         self.tables.append(found)
         self.updates += [update for update in found.stored_updates if update not in self.updates]
         if isinstance(found.result, Fault):
@@ -149,14 +164,18 @@ class _Through:
         return found.result.pa
 
     def _fetch(self, ipa: int) -> int:
-        word = self._memory.fetch(self._reach(ipa, READ_TABLE))
+        word = self._memory.fetch(self._reach(ipa, READ_TABLE, self._raw))
         (step,) = in_memory(Update(ipa, 0, word), self._p.big_endian)[2:]
         self._raw.append((self._p.levels[len(self._raw)][0], ipa, step))
         return word
 
+    def _above(self, ipa: int) -> list[RawStep]:
+        """The steps before the one that read the descriptor at `ipa`."""
+        return self._raw[: next(i for i, step in enumerate(self._raw) if step[1] == ipa)]
+
     def _update(self, ipa: int, old: int, new: int) -> bool:
         """Hardware changes a descriptor of stage 1: stage 2 must let it write there."""
-        pa = self._reach(ipa, WRITE_TABLE)
+        pa = self._reach(ipa, WRITE_TABLE, self._above(ipa))
         if self._swap and not self._swap(pa, old, new):
             self._raw.clear()  # it is all read again
             return False
@@ -171,7 +190,7 @@ def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Tra
     attr = combined(s1.attr, leaf["MemAttr"].get(s2.word), fwb=p2.fwb, off=off)
     own = s1.sh if s1.level is None else p.sh if p.fmt.lpa2 else p.page["SH"].get(s1.word)
     sh2 = p2.sh if p2.fmt.lpa2 else leaf["SH"].get(s2.word)
-    return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr))
+    return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr), ns=s2.ns)
 
 
 # text

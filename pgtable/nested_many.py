@@ -19,11 +19,11 @@ import numpy.typing as npt
 from pgtable.access import Access
 from pgtable.bits import Flags, Words
 from pgtable.bulk import Many, addresses_of, each_once, in_memory, stage1_many
-from pgtable.classes import CLASS, ENDS, LEVELS, NO_WORDS, Numbers, Table, by_level, result_of, row_of, type_bits
+from pgtable.classes import CLASS, ENDS, LEVELS, NO_WORDS, Numbers, Table, by_level, row_of, type_bits
 from pgtable.descriptors import Kind
-from pgtable.faults import Fault, FaultType
+from pgtable.faults import Fault
 from pgtable.memory import PAGE, Memory, NoMemory, WordChanges
-from pgtable.nested import HAS_FIPA, READ_TABLE, NestedWalk, translate_nested
+from pgtable.nested import READ_TABLE, NestedWalk, translate_nested
 from pgtable.params import Regime, WalkParams
 from pgtable.regions import Descent, reader
 from pgtable.registers import Registers
@@ -36,21 +36,11 @@ class NestedMany(Many):
     """What `translate_many` found with stage 2 on. As Many; `word` is stage 1's descriptor.
 
     `updates` has words as memory holds them. `ipa` (uint64): stage 1's result, or what stage 2 was asked for where it
-    refused; 0 where stage 1 faulted.
+    refused; 0 where stage 1 faulted. `hpfar` (uint64): HPFAR_EL2 of stage 2's faults; 0 where it is UNKNOWN.
     """
 
     ipa: Words = field(default_factory=lambda: NO_WORDS)
-
-    def hpfar(self) -> Words:
-        """HPFAR_EL2 (uint64): FIPA in bits [43:4] of stage 2's faults; 0 where it is UNKNOWN, and elsewhere."""
-        valid = np.array([_has_fipa(result_of(row)) for row in self._table])[self._class]
-        return np.where(valid, self.ipa >> np.uint64(12) << np.uint64(4), np.uint64(0))
-
-
-def _has_fipa(found: object) -> bool:
-    if not isinstance(found, Fault) or found.stage != 2:
-        return False
-    return found.type in HAS_FIPA or (found.s1ptw and found.type is FaultType.PERMISSION)
+    hpfar: Words = field(default_factory=lambda: NO_WORDS)
 
 
 class GuestMemory:
@@ -120,7 +110,7 @@ def nested_many(
     p2 = Stage2Params.of(regs)
     guest = GuestMemory(memory, p2)
     first = stage1_many(guest, regs, flat, access, Regime.EL10)
-    alone = first.aborts | (first._column("flip") != 0) | _uses_haft(regs)
+    alone = first.aborts | (first._column("flip") != 0) | _goes_alone(regs)
     ask = _Asker(memory, regs, access, stage1_only)
     sheet = _Sheet(first, np.flatnonzero(alone), guest)
     sheet.alike(ask, np.flatnonzero(~alone), None if stage1_only else _leaves(memory, p2, first, ~alone), flat)
@@ -128,8 +118,10 @@ def nested_many(
     return sheet.many(shape, access)
 
 
-def _uses_haft(regs: Registers) -> bool:
-    return any(WalkParams.of(regs, Regime.EL10, va).haft for va in (0, 1 << 55))
+def _goes_alone(regs: Registers) -> bool:
+    """Every walk may be refused on the way (FEAT_HAFT), or change the IPA space (Secure state)."""
+    halves = [WalkParams.of(regs, Regime.EL10, va) for va in (0, 1 << 55)]
+    return any(p.haft or p.secure for p in halves)
 
 
 class _Leaves(NamedTuple):
@@ -191,7 +183,7 @@ class _Sheet:
         self.guest = guest
         self.rows: list[Table] = [np.zeros(0, CLASS)]
         self.number = np.zeros(n, np.int32)
-        self.pa, self.ipa = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+        self.pa, self.ipa, self.hpfar = np.zeros((3, n), np.uint64)
         self.changes: list[WordChanges] = []  # in stage 2's tables, in the CPU's order
         self.changed: list[Update] = []  # by single walks, as memory holds them
 
@@ -211,6 +203,8 @@ class _Sheet:
         self.number[these] = np.array([self._add(walk) for walk in walks], np.int32)[which]
         ok = np.array([walk.ok for walk in walks])[which]
         self.ipa[these] = ipa
+        has_fipa = np.array([walk.has_fipa for walk in walks])[which]
+        self.hpfar[these] = np.where(has_fipa, ipa >> np.uint64(12) << np.uint64(4), np.uint64(0))
         self.pa[these] = np.where(ok, leaves.pa if leaves else ipa, np.uint64(0))
         if leaves:
             self.changes += leaves.tables
@@ -228,6 +222,7 @@ class _Sheet:
             offset = flat[here] % np.uint64(PAGE)
             self.pa[here] = np.uint64(found.pa) | offset if found.ok else 0
             self.ipa[here] = np.uint64(found.ipa or 0) | offset * np.uint64(found.stage1_ok)
+            self.hpfar[here] = found.hpfar
             self.changed += found.updates
 
     def many(self, shape: tuple[int, ...], access: Access) -> NestedMany:
@@ -248,6 +243,7 @@ class _Sheet:
             self.number.reshape(shape),
             words,
             self.ipa.reshape(shape),
+            self.hpfar.reshape(shape),
         )
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "TCR_EL3",
     "TTBR",
     "TTBR_52",
+    "VSTCR_EL2",
     "VTCR_EL2",
     "VTTBR_EL2",
     "Registers",
@@ -214,7 +215,24 @@ VTCR_EL2 = Layout(
     ),
 )
 
-# PIR_ELx, PIRE0_ELx, POR_ELx: sixteen nibbles.
+VSTCR_EL2 = Layout(
+    "VSTCR_EL2",
+    (
+        bits("T0SZ", 5, 0, "the Secure IPA range has 64 - T0SZ bits"),
+        bits("SL0", 7, 6, "level of the first table", SL0),
+        res0(13, 8),
+        bits("TG0", 15, 14, "granule", TG0),
+        res0(28, 16),
+        *flags((29, "SW", "walks of the Secure IPA space go to Non-secure memory")),
+        *flags((30, "SA", "the Secure IPA space is Non-secure memory")),
+        res1(31),
+        res0(32),
+        *flags((33, "SL2", "with SL0 = 0, start at level -1 (4K with VTCR_EL2.DS)")),
+        res0(63, 34),
+    ),
+)
+
+# PIR_ELx, PIRE0_ELx, POR_ELx, S2PIR_EL2, S2POR_EL1: sixteen nibbles.
 NIBBLES = Layout("PIR/POR", tuple(bits(f"Perm{i}", 4 * i + 3, 4 * i, f"permission {i}") for i in range(16)))
 
 TTBR = Layout(
@@ -247,6 +265,7 @@ MAIR = Layout("MAIR_ELx", tuple(bits(f"Attr{i}", 8 * i + 7, 8 * i, f"attribute {
 # By name, every register whose layout does not depend on another one; TCR_EL2, SCTLR_EL2 and TTBRs have a second.
 LAYOUTS: dict[str, Layout] = {
     **{"TCR_EL1": TCR_EL1, "TCR_EL2": TCR_EL2, "TCR_EL3": TCR_EL3, "VTCR_EL2": VTCR_EL2, "VTTBR_EL2": VTTBR_EL2},
+    **{"VSTCR_EL2": VSTCR_EL2, "VSTTBR_EL2": VTTBR_EL2, "S2PIR_EL2": NIBBLES, "S2POR_EL1": NIBBLES},
     **{"SCTLR_EL1": SCTLR_EL1, "SCTLR_EL2": SCTLR_ALONE, "SCTLR_EL3": SCTLR_ALONE},
     **{"HCR_EL2": HCR_EL2, "SCR_EL3": SCR_EL3, "CONTEXTIDR_EL1": CONTEXTIDR_EL1},
     **dict.fromkeys(("TCR2_EL1", "TCR2_EL2"), TCR2),
@@ -266,6 +285,7 @@ NAMES: dict[str, int] = {
     **dict.fromkeys(("PIR_EL1", "PIR_EL2", "PIR_EL3", "PIRE0_EL1", "PIRE0_EL2"), 0),
     **dict.fromkeys(("POR_EL0", "POR_EL1", "POR_EL2", "POR_EL3"), 0),
     **dict.fromkeys(("HCR_EL2", "SCR_EL3", "VTCR_EL2", "VTTBR_EL2", "CONTEXTIDR_EL1"), 0),
+    **dict.fromkeys(("VSTCR_EL2", "VSTTBR_EL2", "S2PIR_EL2", "S2POR_EL1"), 0),
     **dict.fromkeys(("PAN", "UAO"), 0),
 }
 NAMES["HCR_EL2"] = 1 << 31  # RW: EL1 is AArch64

@@ -1,9 +1,10 @@
-"""Stage 2: from an IPA to a PA, by the tables of VTTBR_EL2, for EL1&0.
+"""Stage 2: from an IPA to a PA, by the tables of VTTBR_EL2 or VSTTBR_EL2, for EL1&0.
 
 Rules of this file:
 - As in walk.py: the only effects are `fetch` and `swap`, a fault is returned, every descriptor read is kept.
 - The order of checks is the pseudocode's AArch64.S2Translate: registers and range, tables, leaf, permissions.
-- What stage 2 makes of stage 1's attributes is in combine.py.
+- What a leaf allows is in stage2_permissions.py, what stage 2 makes of stage 1's attributes in combine.py.
+- Secure state has two IPA spaces, each with its own root and size (VSTCR_EL2, VSTTBR_EL2 for the Secure one).
 Sources: pseudocode AArch64.GetS2TTWParams, S2StartLevel, S2InvalidSL, S2InconsistentSL, S2TTBaseAddress, S2Walk,
 S2CheckPermissions; Arm ARM D8.2 (concatenated tables), D8.6 (S2AP, XN).
 """
@@ -14,14 +15,37 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from pgtable.access import Access, AccessType
+from pgtable.access import Access
 from pgtable.combine import says_device
 from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import Features
 from pgtable.memory import NoMemory
 from pgtable.params import granule_of, most_txsz, output_bits, stage2_on
-from pgtable.registers import HCR_EL2, PA_BITS, SCTLR_EL1, TTBR, TTBR_52, VTCR_EL2, VTTBR_EL2, Registers
+from pgtable.registers import (
+    HCR_EL2,
+    PA_BITS,
+    SCR_EL3,
+    SCTLR_EL1,
+    TTBR,
+    TTBR_52,
+    VSTCR_EL2,
+    VTCR_EL2,
+    VTTBR_EL2,
+    Registers,
+)
+from pgtable.stage2_permissions import (
+    ALL,
+    READ,
+    WALK_WRITE,
+    base,
+    indirect,
+    is_clean,
+    made_dirty,
+    needs,
+    overlay,
+    permissions,
+)
 from pgtable.table_params import TableParams
 from pgtable.walk import Fetch, RawStep, Swap, Update, in_memory
 
@@ -34,9 +58,6 @@ _START = {
 # The PA size below which a root level is not there (pseudocode S2InvalidSL); 4 is SL2 = 1 with SL0 = 0.
 _LEAST_PA = {Granule.K4: {2: 44, 4: 52}, Granule.K16: {2: 42, 3: 52}, Granule.K64: {2: 44}}
 CONCATENATED = 4  # bits: at most 16 root tables in a row
-
-READ, WRITE, EL1_EXECUTE, EL0_EXECUTE = 1, 2, 4, 8
-_EXECUTE = {0: EL1_EXECUTE | EL0_EXECUTE, 1: EL0_EXECUTE, 2: 0, 3: EL1_EXECUTE}  # by XN[1:0]
 
 
 @dataclass(frozen=True)
@@ -63,29 +84,38 @@ class Stage2Params(TableParams):
     big_endian: bool
     haft: bool  # VTCR_EL2.HAFT
     sh: int  # VTCR_EL2.SH0: what a leaf has with DS = 1
+    indirect: tuple[int, ...] | None = None  # by PIIndex: permissions (VTCR_EL2.S2PIE)
+    overlays: tuple[int, ...] | None = None  # by POIndex (VTCR_EL2.S2POE)
+    ipa_ns: bool = True  # of the Non-secure IPA space
+    output_ns: bool = True  # PAs are Non-secure
     upper: bool = False
     secure: bool = False
 
     @classmethod
-    def of(cls, regs: Registers) -> Stage2Params:
-        """The parameters that the registers give; kept with `regs`."""
-        known: Stage2Params | None = regs._params.get("stage 2")
+    def of(cls, regs: Registers, *, ns: bool = False) -> Stage2Params:
+        """The parameters that the registers give; kept with `regs`. `ns`: Secure state's Non-secure IPA space."""
+        known: Stage2Params | None = regs._params.get(("stage 2", ns))
         if known is None:
-            known = regs._params["stage 2"] = cls._read(regs)
+            known = regs._params["stage 2", ns] = cls._read(regs, ns)
         return known
 
     @classmethod
-    def _read(cls, regs: Registers) -> Stage2Params:
+    def _read(cls, regs: Registers, ns: bool) -> Stage2Params:
         f, hcr, vtcr = regs.features, HCR_EL2.view(regs.HCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
-        granule = granule_of(int(vtcr.TG0), False, f)
+        secure = not SCR_EL3["NS"].get(regs.SCR_EL3)
+        own = VTCR_EL2.view(regs.VSTCR_EL2) if secure and not ns else vtcr  # T0SZ, SL0, TG0, SL2: each space's own
+        granule = granule_of(int(own.TG0), False, f)
         ds = bool(f.lpa2 and granule is not Granule.K64 and vtcr.DS)
-        sl = int(vtcr.SL0) | (4 if ds and granule is Granule.K4 and vtcr.SL2 else 0)
+        sl = int(own.SL0) | (4 if ds and granule is Granule.K4 and own.SL2 else 0)
         limit = f.pa_bits if granule is Granule.K64 or ds else min(48, f.pa_bits)
-        t0sz = int(vtcr.T0SZ)
+        t0sz = int(own.T0SZ)
         vmid = VTTBR_EL2["VMID"].get(regs.VTTBR_EL2)
+        pie = bool(f.s2pie and vtcr.S2PIE)
+        poe = bool(f.s2poe and pie and vtcr.S2POE)
+        fmt = Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits == 52, pie=pie, poe=poe)
         return cls(
             features=f,
-            fmt=Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits == 52),
+            fmt=fmt,
             on=stage2_on(regs),
             t0sz=t0sz,
             sl=sl,
@@ -93,7 +123,7 @@ class Stage2Params(TableParams):
             txsz_ok=64 - limit <= t0sz <= most_txsz(granule, f),
             ps_bits=output_bits(int(vtcr.PS), granule, f),
             wide=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[int(vtcr.PS)] == 52),
-            vttbr=regs.VTTBR_EL2,
+            vttbr=regs.VSTTBR_EL2 if secure and not ns else regs.VTTBR_EL2,
             vmid=vmid if vtcr.VS else vmid & 0xFF,
             ha=bool(f.hafdbs and vtcr.HA),
             hd=bool(f.hafdbs >= 2 and vtcr.HA and vtcr.HD),
@@ -104,6 +134,10 @@ class Stage2Params(TableParams):
             big_endian=bool(SCTLR_EL1["EE"].get(regs.SCTLR_EL2)),
             haft=bool(f.haft and vtcr.HA and vtcr.HAFT),
             sh=int(vtcr.SH0),
+            indirect=indirect(regs.S2PIR_EL2) if pie else None,
+            overlays=indirect(regs.S2POR_EL1) if poe else None,
+            ipa_ns=ns or not secure,
+            output_ns=not secure or _leaves_secure(regs, ns),
         )
 
     @property
@@ -153,6 +187,12 @@ class Stage2Params(TableParams):
         return "VTTBR_EL2's address exceeds the output size" if self.base & self.over else ""
 
 
+def _leaves_secure(regs: Registers, ns: bool) -> bool:
+    """In Secure state: the output of an IPA space is Non-secure (pseudocode SS2OutputPASpace)."""
+    vstcr, vtcr = VSTCR_EL2.view(regs.VSTCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
+    return bool(vstcr.SW or vstcr.SA or (ns and (vtcr.NSW or vtcr.NSA)))
+
+
 def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
     """SL0 = 3 needs FEAT_TTST (4K), or DS (16K); with SL2 every other SL0 is reserved."""
     if granule is Granule.K4:
@@ -161,12 +201,16 @@ def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
 
 
 class Stage2(NamedTuple):
-    """Where an IPA goes: `word` and `level` of the leaf (level None with stage 2 off), permission bits READ ..."""
+    """Where an IPA goes: `word` and `level` of the leaf (level None with stage 2 off).
+
+    `perms`: bits READ ... of stage2_permissions.py. `ns`: the PA is Non-secure.
+    """
 
     pa: int
     level: int | None
     word: int
     perms: int
+    ns: bool = True
 
 
 class Stage2Walk(NamedTuple):
@@ -206,7 +250,7 @@ def _translate(
     fetch: Fetch, p: Stage2Params, ipa: int, access: Access, s1ptw: bool, raw: list[RawStep], updates: list[Update]
 ) -> Stage2 | Fault:
     if not p.on:
-        return Stage2(ipa, None, 0, READ | WRITE | EL1_EXECUTE | EL0_EXECUTE)
+        return Stage2(ipa, None, 0, ALL, p.ipa_ns)
     for ok, cause in ((p.txsz_ok, "T0SZ"), (p.sl_ok, "SL0"), (p.consistent, "SL0"), (not ipa >> p.ia_bits, "range")):
         if not ok:
             return _fault(FaultType.TRANSLATION, 0, s1ptw, cause)
@@ -243,42 +287,29 @@ def _leaf(
         return _fault(FaultType.ADDRESS_SIZE, level, s1ptw, "OA")
     if not layout["AF"].get(word) and not p.ha:
         return _fault(FaultType.ACCESS_FLAG, level, s1ptw, "AF")
-    perms = permissions(p, word)
-    missing = needs(access, s1ptw) & ~perms
-    if missing:
-        return _fault(FaultType.PERMISSION, level, s1ptw, "permission", write=_is_write(access) and not missing & READ)
+    refused = _refused(p, word, access, s1ptw)
+    if refused:
+        return refused._replace(level=level)
     if p.ptw and s1ptw and is_device(p, word):
         return _fault(FaultType.PERMISSION, level, s1ptw, "PTW")
     new = _updated(p, word, access, s1ptw)
     if new != word:
         updates.append(Update(at, word, new))
-    return Stage2(oa & -size | ipa & size - 1, level, word, perms)
+    return Stage2(oa & -size | ipa & size - 1, level, word, permissions(p, word), p.output_ns)
 
 
-def permissions(p: Stage2Params, word: int) -> int:
-    """READ, WRITE, EL1_EXECUTE and EL0_EXECUTE of a leaf (pseudocode S2DirectBasePermissions)."""
-    layout = p.fmt.leaf(LAST_LEVEL)
-    allowed = int(layout["S2AP"].get(word))
-    if p.hd and layout["DBM"].get(word):
-        allowed |= WRITE
-    return allowed | _EXECUTE[layout["XN"].get(word)]
-
-
-def needs(access: Access, s1ptw: bool) -> int:
-    """The permissions that an access must have: a read for a stage 1 descriptor."""
-    if s1ptw:
-        return READ | (WRITE if access.type is AccessType.WRITE else 0)
-    if access.type is AccessType.FETCH:
-        return EL1_EXECUTE if access.el else EL0_EXECUTE
-    if access.type is AccessType.ATOMIC:
-        return READ | WRITE
-    if access.type in (AccessType.WRITE, AccessType.AT_WRITE, AccessType.GCS_WRITE, AccessType.INVALIDATE):
-        return WRITE
-    return 0 if access.type is AccessType.AT_ANY else READ
-
-
-def _is_write(access: Access) -> bool:
-    return bool(needs(access, False) & WRITE)
+def _refused(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> Fault | None:
+    """The first permission that is missing: the overlay's, the base's, the dirty state."""
+    need = needs(access, s1ptw)
+    write = bool(need & WALK_WRITE) if s1ptw else access.asks_write
+    for by_overlay, granted in ((True, overlay(p, word)), (False, base(p, word))):
+        missing = need & ~granted
+        if missing:
+            fault = _fault(FaultType.PERMISSION, 0, s1ptw, "permission", write=write and not missing & READ)
+            return fault._replace(overlay=by_overlay)
+    if write and not p.hd and is_clean(p, word):
+        return _fault(FaultType.PERMISSION, 0, s1ptw, "dirty", write=True)._replace(dirty_bit=True)
+    return None
 
 
 def is_device(p: Stage2Params, word: int) -> bool:
@@ -288,10 +319,7 @@ def is_device(p: Stage2Params, word: int) -> bool:
 
 def _updated(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> int:
     """The leaf after hardware's update."""
-    layout = p.fmt.leaf(LAST_LEVEL)
     if not p.ha or (access.is_at and not p.features.at_updates and not s1ptw):
         return word
-    new = word | layout["AF"].mask
-    if p.hd and layout["DBM"].get(word) and needs(access, s1ptw) & WRITE and not access.is_at:
-        new |= layout["S2AP"].put(0, WRITE)
-    return new
+    new = word | p.af
+    return made_dirty(p, new) if p.hd and access.writes else new

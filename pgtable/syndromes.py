@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from pgtable.bits import Field, Layout, address, bits, ignored, res0, res1
+from pgtable.bits import Field, Layout, Span, address, bits, ignored, res0, res1
 
 EC_FETCH, EC_DATA = 0x20, 0x24  # aborts from a lower EL; from the same EL it is one more
 EC = {
@@ -218,6 +218,16 @@ PAR_OK = Layout(
         bits("ATTR", 63, 56, "memory attributes, as in MAIR_ELx"),
     ),
 )
+HPFAR_EL2 = Layout(
+    "HPFAR_EL2",
+    (
+        res0(3, 0),
+        Field("FIPA", (Span(4, 40, 12),), "the IPA that stage 2 refused, at 4K resolution"),
+        res0(62, 44),
+        bits("NS", 63, doc="of the Non-secure IPA space (Secure state)", values={0: "Secure", 1: "Non-secure"}),
+    ),
+)
+
 PAR_FAULT = Layout(
     "PAR_EL1 (F=1)",
     (

@@ -7,7 +7,7 @@ row explains is unexplained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 from emu.judge import known_stage2 as stage2
@@ -118,17 +118,16 @@ def _low_memory(c: Context) -> bool:
 def _block_level(c: Context) -> bool:
     fault = c.walk.fault
     p = c.walk.params
-    if c.case.reference != OLD or fault is None or fault.cause != "descriptor" or c.last & 3 != BLOCK:
+    if c.case.reference != stage2.OLD or fault is None or fault.cause != "descriptor" or c.last & 3 != BLOCK:
         return False
     taken = fault.level == -1 or (not p.fmt.ds and (p.fmt.granule, fault.level) in TAKEN_BY_OLD)
     return taken and not c.judge_faults(FaultType.TRANSLATION, level=fault.level)
 
 
 def _raw_sharing(c: Context) -> bool:
-    return c.case.reference == OLD and c.only("SH") and isinstance(c.model, int) and forced_outer(c.model >> 56)
+    return c.case.reference == stage2.OLD and c.only("SH") and isinstance(c.model, int) and forced_outer(c.model >> 56)
 
 
-OLD = "7.2"  # Debian 12's QEMU
 TAKEN_BY_OLD = {(Granule.K4, 0), (Granule.K16, 1), (Granule.K16, 0)}  # without DS there are no blocks here
 BLOCK = 1  # bits [1:0] of a block descriptor
 
@@ -222,9 +221,22 @@ KNOWN_NESTED: tuple[Known[stage2.Context], ...] = (
     Known(
         "T9",
         "every QEMU",
-        "the fault of HCR_EL2.PTW is a permission fault at the level of stage 2's leaf (S2CheckPermissions); QEMU says "
-        "level 0",
+        "the fault of HCR_EL2.PTW is a permission fault at the level of stage 2's leaf, and changes nothing "
+        "(S2CheckPermissions); QEMU says level 0 and has set the access flag",
         stage2.ptw_level,
+    ),
+    Known(
+        "T3",
+        "QEMU 7.2 and 10.0",
+        "whether AT sets the access flag is IMPLEMENTATION DEFINED; where it does, stage 2 must let it write to stage "
+        "1's table",
+        stage2.at_updates,
+    ),
+    Known(
+        "T9",
+        "QEMU 7.2",
+        "a stage 2 fault on a stage 1 table access is at stage 2's level; 7.2 says stage 1's, or 0",
+        stage2.walk_level,
     ),
     Known(
         "T10",
@@ -244,7 +256,26 @@ KNOWN_NESTED: tuple[Known[stage2.Context], ...] = (
         "stage 1's hints and transience stay where stage 2 limits it to write-through (S2CombineS1AttrHints)",
         stage2.transient,
     ),
+    Known(
+        "T15",
+        "QEMU 11.1",
+        "with S2PIE a write to a page with Dirty = 0 faults when hardware does not manage the dirty state "
+        "(S2CheckPermissions), for AT too; QEMU's AT does not look",
+        stage2.dirty_state,
+    ),
+    Known(
+        "T20",
+        "QEMU 7.2",
+        "Device and Normal non-cacheable memory is outer shareable (S2CombineS1Shareability, EffectiveShareability)",
+        stage2.raw_sharing,
+    ),
 )
+
+
+def explain_update(walks: Iterable[Walk | None], pa: int, judge: int | None, model: int | None) -> str:
+    """The same for the word at `pa` after a whole case: None is a word that did not change."""
+    nested = (walk for walk in walks if isinstance(walk, NestedWalk))
+    return "T9" if model is None and any(stage2.ptw_access_flag(walk, pa, judge) for walk in nested) else ""
 
 
 def explain(case: Case, walk: Walk | None, judge: Answer, model: Answer) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from emu.judge.corpus import EXC, Answer, Case
-from pgtable import Fault, FaultType, NestedWalk, Stage2Params
-from pgtable.attributes import MemoryAttributes, is_device
-from pgtable.descriptors import Granule
+from pgtable import Fault, FaultType, NestedWalk, Stage2Params, Translation
+from pgtable.attributes import MemoryAttributes, forced_outer, is_device
+from pgtable.descriptors import LAST_LEVEL, Granule
+from pgtable.faults import fault_code
 from pgtable.registers import PAR_FAULT, PAR_OK
-from pgtable.stage2 import WRITE
+from pgtable.stage2_permissions import WRITE
+from pgtable.walk import Update, in_memory
 
+OLD = "7.2"  # Debian 12's QEMU
+UPDATING = ("7.2", "10.0")  # those whose AT instructions update descriptors
 _PERMISSION = 0x0C  # fault status code of a permission fault at level 0
 _RESERVED_MEMATTR = {False: (4, 8, 12), True: (4, *range(8, 16))}  # by FWB
 _WRITE_THROUGH = 2
@@ -89,6 +93,52 @@ def ptw_level(c: Context) -> bool:
     """T9: the fault of HCR_EL2.PTW is at the level of the leaf; QEMU says 0."""
     fault = c.walk.fault
     return fault is not None and fault.cause == "PTW" and bool(c.par & 1) and PAR_FAULT["FST"].get(c.par) == _PERMISSION
+
+
+def walk_level(c: Context) -> bool:
+    """T9 of 7.2: the fault of a stage 1 table access has stage 1's level, or 0."""
+    fault = c.walk.fault
+    if c.case.reference != OLD or fault is None or not fault.s1ptw or not c.par & 1:
+        return False
+    same = not (c.par ^ fault.par()) & PAR_FAULT.mask("S", "PTW", "F")
+    at = {fault_code(fault.type, level): level for level in range(LAST_LEVEL + 1)}
+    return same and PAR_FAULT["FST"].get(c.par) in at
+
+
+def at_updates(c: Context) -> bool:
+    """T3: the AT would set the access flag, or make the page dirty, in a stage 1 table that stage 2 has read-only."""
+    p, raw = c.walk.params, c.walk.raw
+    refused = c.par & 1 and PAR_FAULT["S"].get(c.par) and PAR_FAULT["PTW"].get(c.par)
+    if c.case.reference not in UPDATING or not refused or not c.walk.access.is_at or not p.ha or not raw:
+        return False
+    changes = not raw[-1][2] & p.af or (p.hd and bool(raw[-1][2] & p.dbm))
+    return changes and PAR_FAULT["FST"].get(c.par) & ~3 == _PERMISSION
+
+
+def ptw_access_flag(walk: NestedWalk, pa: int, word: int | None) -> bool:
+    """T9: QEMU has set the access flag of the leaf at `pa` (to `word`) before it looks at HCR_EL2.PTW."""
+    fault, second = walk.fault, walk.last_stage2
+    if fault is None or fault.cause != "PTW" or second is None:
+        return False
+    _, at, old = second.raw[-1]
+    made = in_memory(Update(at, old, old | second.params.af), second.params.big_endian)
+    return (made.pa, made.new) == (pa, word)
+
+
+def raw_sharing(c: Context) -> bool:
+    """T20: 7.2 reports the shareability of Device and non-cacheable memory as it is in the descriptors."""
+    if c.case.reference != OLD or not c.only_attributes:
+        return False
+    assert isinstance(c.model, int)
+    s1 = c.walk.stage1_result
+    outer = forced_outer(PAR_OK["ATTR"].get(c.model)) or (isinstance(s1, Translation) and forced_outer(s1.attr))
+    return not (c.par ^ c.model) & PAR_OK["ATTR"].mask and outer
+
+
+def dirty_state(c: Context) -> bool:
+    """T15: with FEAT_S2PIE, QEMU's AT of a write does not ask whether the page is dirty."""
+    fault = c.walk.fault
+    return fault is not None and fault.stage == 2 and fault.dirty_bit and c.translated
 
 
 def cache_off(c: Context) -> bool:

@@ -186,7 +186,7 @@ def _many(
         vas = [branch_target(regs, va & -INSTRUCTION, access.el) for va in vas]
     many = translate_many(memory, regs, np.array(vas, np.uint64), access, swap=True)
     to_el2: Words = many.stage2 * np.uint64(TO_EL2)
-    hpfar = many.hpfar() if isinstance(many, NestedMany) else np.zeros_like(to_el2)
+    hpfar = many.hpfar if isinstance(many, NestedMany) else np.zeros_like(to_el2)
     rows = zip(many.ok.tolist(), (many.esr() | to_el2).tolist(), vas, hpfar.tolist(), strict=True)
     return [DONE if ok else (esr, va, ipa) for ok, esr, va, ipa in rows], _updates(many)
 

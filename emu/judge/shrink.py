@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from emu.judge.cases import SCTLR_EE, SCTLR_M, TCR_HALVES, TCR_ONE
 from emu.judge.corpus import DEFAULTS, PROGRAM_PAGE, Case
+from emu.judge.draw import SCTLR_EE, SCTLR_M, TCR_HALVES, TCR_ONE
 from emu.judge.trees import harmless
 
 __all__ = ["shrink"]

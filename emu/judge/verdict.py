@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from emu.judge import model
 from emu.judge.corpus import DONE, EXC, TO_EL2, Answer, Case
-from emu.judge.known import explain
+from emu.judge.known import explain, explain_update
 from pgtable import Walk
 from pgtable.registers import ESR, FSC, PAR_FAULT, PAR_OK, SCR_EL3
 
@@ -138,16 +138,18 @@ def _updates(case: Case, answered: dict[str, model.Answered], tally: Tally) -> l
     if UPDATES_OF not in case.answers:
         return []
     want = dict(case.changed(UPDATES_OF))
+    walks = next(iter(answered.values())).walks
     found = []
     for path, mine in answered.items():
         for pa in sorted(want.keys() | mine.after.keys()):
-            if want.get(pa) != mine.after.get(pa):
-                args = (case.id, case.kind, -1, pa, "table word", want.get(pa), mine.after.get(pa), path, "", None)
-                found.append(Disagreement(*args))
+            judge, model_ = want.get(pa), mine.after.get(pa)
+            if judge != model_:
+                rule = explain_update(walks, pa, judge, model_)
+                found.append(Disagreement(case.id, case.kind, -1, pa, "table word", judge, model_, path, rule, None))
     if want or any(mine.after for mine in answered.values()):
+        _count(tally, "table words updated", found)
         tally.filled["table words updated"] += 1
-        tally.agreed["table words updated"] += not found
-        tally.disagree += bool(found)
+        tally.agree -= not found  # no query of its own
     return found
 
 

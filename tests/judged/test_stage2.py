@@ -12,10 +12,22 @@ import pytest
 
 from emu.judge.corpus import Case, load
 from emu.judge.verdict import PATHS, Tally, judge_case
-from pgtable import Access, FaultType, Granule, PhysicalMemory, Registers, combine, nested, stage2, translate
+from pgtable import (
+    Access,
+    FaultType,
+    Granule,
+    PhysicalMemory,
+    Registers,
+    combine,
+    nested,
+    stage2,
+    stage2_permissions,
+    translate,
+)
 from pgtable.nested import NestedWalk, translate_nested
 from pgtable.registers import HCR_EL2, VTCR_EL2
 from pgtable.stage2 import Stage2Params
+from pgtable.stage2_permissions import READ
 
 CORPUS = Path(__file__).parent / "corpus"
 KINDS = ("s2-only", "s1s2", "s2")
@@ -66,8 +78,8 @@ def _params(**changes: Callable[[Stage2Params], Any]) -> Break:
     def breaks(patch: pytest.MonkeyPatch) -> None:
         read = Stage2Params._read.__func__  # type: ignore[attr-defined]
 
-        def other(cls: type[Stage2Params], regs: Registers) -> Stage2Params:
-            p = read(cls, regs)
+        def other(cls: type[Stage2Params], regs: Registers, ns: bool) -> Stage2Params:
+            p = read(cls, regs, ns)
             return replace(p, **{name: change(p) for name, change in changes.items()})
 
         patch.setattr(Stage2Params, "_read", classmethod(other))
@@ -83,8 +95,8 @@ def _in_leaf(field: str, value: int) -> Break:
     """A field of leaves is taken for `value`."""
 
     def breaks(patch: pytest.MonkeyPatch) -> None:
-        right = stage2.permissions
-        patch.setattr(stage2, "permissions", lambda p, word: right(p, p.page[field].put(word, value)))
+        right = stage2.base
+        patch.setattr(stage2, "base", lambda p, word: right(p, p.page[field].put(word, value)))
 
     return breaks
 
@@ -102,15 +114,15 @@ AT, REAL = ("at_clean", "at_edge"), ("access",)
 MUTANTS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "S2AP is not looked at": (_in_leaf("S2AP", 3), AT),
     "S2AP[0] alone decides": (
-        _set(stage2, "needs", lambda access, s1ptw: stage2.READ),
+        _set(stage2, "needs", lambda access, s1ptw: READ),
         AT,
     ),
     "XN is not looked at": (_in_leaf("XN", 0), REAL),
     "XN[0] is not looked at": (
-        _set(stage2, "_EXECUTE", {0: 12, 1: 12, 2: 0, 3: 0}),
+        _set(stage2_permissions, "_EXECUTE", {0: 12, 1: 12, 2: 0, 3: 0}),
         REAL,
     ),
-    "EL0 and EL1 exchanged in XN": (_set(stage2, "_EXECUTE", {0: 12, 1: 4, 2: 0, 3: 8}), REAL),
+    "EL0 and EL1 exchanged in XN": (_set(stage2_permissions, "_EXECUTE", {0: 12, 1: 4, 2: 0, 3: 8}), REAL),
     "FWB is off": (_params(fwb=lambda p: False), AT),
     "FWB is on": (_params(fwb=lambda p: True), AT),
     "one root table only": (_set(Stage2Params, "levels", property(lambda p: _one_table(p))), AT),
@@ -133,7 +145,7 @@ MUTANTS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "the stronger type wins": (_set(combine, "min", max), AT),
     "shareability is stage 1's": (_set(nested, "combined_sh", lambda sh, sh2, attr: sh), AT),
     "Device and non-cacheable keep theirs": (_set(combine, "FORCED_OUTER", (False,) * 256), AT),
-    "HPFAR_EL2 has the VA": (_set(NestedWalk, "ipa", property(lambda w: w.va ^ 0x1000)), REAL),
+    "HPFAR_EL2 has the VA": (_set(NestedWalk, "ipa", property(lambda w: (w.va ^ 0x1000) % (1 << 52))), REAL),
     "HPFAR_EL2 is shifted by 8": (_set(NestedWalk, "hpfar", property(lambda w: (w.ipa or 0) >> 8)), REAL),
 }
 

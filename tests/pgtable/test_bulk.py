@@ -89,7 +89,7 @@ def assert_same(case: Case, many: Many, note: str) -> None:
     assert many.updates.pa.tolist() == sorted(changes(walks)), note
     nested = [walk for walk in walks if isinstance(walk, NestedWalk)]
     if isinstance(many, NestedMany):
-        assert many.hpfar().tolist() == [walk.hpfar for walk in nested], note
+        assert many.hpfar.tolist() == [walk.hpfar for walk in nested], note
         assert many.ipa.tolist() == [walk.ipa or 0 for walk in nested], note
     else:
         assert not nested, note
