@@ -101,7 +101,8 @@ def walk_level(c: Context) -> bool:
     if c.case.reference != OLD or fault is None or not fault.s1ptw or not c.par & 1:
         return False
     same = not (c.par ^ fault.par()) & PAR_FAULT.mask("S", "PTW", "F")
-    at = {fault_code(fault.type, level): level for level in range(LAST_LEVEL + 1)}
+    first = -1 if fault.type in (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE) else 0
+    at = {fault_code(fault.type, level) for level in range(first, LAST_LEVEL + 1)}
     return same and PAR_FAULT["FST"].get(c.par) in at
 
 
