@@ -10,12 +10,13 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options
+from emu.cli_source import hex64, listings, opened, source_argument, source_options, stage_of, stage_option
 
 if TYPE_CHECKING:
     from emu.sources import Source
     from pgtable.audit import Place, Places, Verdict
     from pgtable.listing import Listing
+    from pgtable.memory import TableMemory
 
 SHOWN = 8  # ranges of a rule in the text
 
@@ -32,6 +33,7 @@ Examples:
 @click.option("--rule", "names", multiple=True, metavar="NAME", help="Only this rule; counts more.")
 @click.option("--junit", metavar="FILE", help="Also write the verdicts as JUnit XML, one test case a rule.")
 @click.option("--list", "list_rules", is_flag=True, help="The rules, and what each says.")
+@stage_option
 @source_options
 @click.pass_context
 def audit(
@@ -40,6 +42,7 @@ def audit(
     names: tuple[str, ...],
     junit: str | None,
     list_rules: bool,
+    stage: str | None,
     regs: str | None,
     reg: tuple[str, ...],
     regime: str | None,
@@ -60,11 +63,10 @@ def audit(
     unknown = [name for name in names if name not in titles]
     if unknown:
         raise CommandError(f"--rule {unknown[0]}: no such rule; pgtable audit --list shows them")
-    from pgtable.listing import listing
-
     with opened(word, regs, reg) as source:
-        found = listing(source.memory, registers_of(source), regime=regime_of(regime))
-        verdicts = _verdicts(source, found, names)
+        (memory, found), *second = listings(source, regime, stage_of(source, regime, stage))
+        verdicts = _verdicts(source, memory, found, names)
+        verdicts += [verdict for memory, below in second for verdict in audit_of(memory, below, names)]
     if junit:
         _write_junit(junit, word, verdicts)
     if as_json:
@@ -77,18 +79,26 @@ def audit(
 def _titles() -> dict[str, str]:
     """What each rule says, by its name."""
     from emu.linux_audit import LINUX_RULES
-    from pgtable.audit import RULES
+    from pgtable.audit import RULES, STAGE2_RULES
 
-    return {rule.name: rule.title for rule in (*RULES, *LINUX_RULES)}
+    return {rule.name: rule.title for rule in (*RULES, *LINUX_RULES, *STAGE2_RULES)}
 
 
-def _verdicts(source: Source, found: Listing, names: tuple[str, ...]) -> list[Verdict]:
-    from emu import linux_audit
+def audit_of(memory: TableMemory, found: Listing, names: tuple[str, ...]) -> list[Verdict]:
+    """The rules about tables alone."""
     from pgtable.audit import audit
 
-    if source.image is not None:
+    return audit(found, memory, names)
+
+
+def _verdicts(source: Source, memory: TableMemory, found: Listing, names: tuple[str, ...]) -> list[Verdict]:
+    from emu import linux_audit
+
+    if found.stage == 2:
+        return audit_of(memory, found, names)
+    if source.image is not None and memory is source.memory:
         return linux_audit.audit(found, source.memory, source.image, names)
-    return [*audit(found, source.memory, names), *linux_audit.not_asked("the source has no Linux kernel", names)]
+    return [*audit_of(memory, found, names), *linux_audit.not_asked("the source has no Linux kernel", names)]
 
 
 def _count(verdicts: list[Verdict], status: str) -> int:

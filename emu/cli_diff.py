@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options
+from emu.cli_source import hex64, listings, opened, source_argument, source_options, stage_of
 
 if TYPE_CHECKING:
     from pgtable.diff import Change, Side
@@ -43,13 +43,12 @@ def diff(
     Exit code 1 if anything differs.
     """
     from pgtable.diff import diff as compared
-    from pgtable.listing import listing
 
-    listings = []
+    found = []
     for word, file in ((word_a, regs), (word_b, regs_b or regs)):
         with opened(word, file, reg) as source:
-            listings.append(listing(source.memory, registers_of(source), regime=regime_of(regime)))
-    a, b = listings
+            found.append(listings(source, regime, stage_of(source, regime, None))[0][1])
+    a, b = found
     if not (a.complete and b.complete):
         raise CommandError(f"{word_b if a.complete else word_a}: the tree refers to itself, so not all can be compared")
     changes = compared(a, b)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options, span
+from emu.cli_source import (
+    hex64,
+    listings,
+    opened,
+    registers_of,
+    source_argument,
+    source_options,
+    span,
+    stage_of,
+    stage_option,
+)
 
 if TYPE_CHECKING:
     from emu.sources import Source
@@ -50,6 +60,7 @@ FINDINGS = 20  # of a kind that are printed
 @click.option("--sort", type=click.Choice(SORTS), default="va", show_default=True, help="Largest size first.")
 @click.option("--totals", is_flag=True, help="Only the totals: by kind and permissions, bytes of tables.")
 @click.option("--variant", metavar="VARIANT", help="For --style linux without a kernel image: 6.1, 6.12, 7.x [7.x].")
+@stage_option
 @source_options
 def dump(
     word: str,
@@ -63,6 +74,7 @@ def dump(
     sort: str,
     totals: bool,
     variant: str | None,
+    stage: str | None,
     regs: str | None,
     reg: tuple[str, ...],
     regime: str | None,
@@ -80,9 +92,7 @@ def dump(
                 raise CommandError("--style linux: is the kernel's whole dump, without conditions, totals and --json")
             click.echo(linux_text(source, variant), nl=False)
             return
-        from pgtable.listing import listing
-
-        found = listing(source.memory, registers_of(source), regime=regime_of(regime))
+        found = _listed(source, regime, stage_of(source, regime, stage))
         rows = ordered(chosen(found, condition, va, pa, level, least, half), sort)
         totals_of = _totals(found, rows)
         findings = found.findings
@@ -94,6 +104,15 @@ def dump(
     for line in [] if totals else _lines(found, rows):
         click.echo(line)
     click.echo("\n".join([*_finding_lines(findings), *_total_lines(found, totals_of, totals)]))
+
+
+def _listed(source: Source, regime: str | None, stage: str) -> Listing:
+    """The listing that is dumped; of both stages, rows from VA to PA that say where their IPA is."""
+    if stage == "both":
+        from pgtable.listing_stage2 import nested_listing
+
+        return nested_listing(source.memory, registers_of(source)).both
+    return listings(source, regime, stage)[0][1]
 
 
 def chosen(
@@ -288,7 +307,7 @@ def row_json(found: Listing, runs: Runs) -> Iterator[dict[str, Any]]:
             "shareability": SHAREABILITY[sh],
             "flags": flags_text(p, word, level, fault).split(),
             "fault": fault_text(fault) if fault else None,
-        }
+        } | ({} if found.ipa is None else {"ipa": hex64(found.ipa_of(va))})
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
@@ -302,6 +321,7 @@ def _json(word: str, found: Listing, rows: Runs, findings: list[Finding], totals
             "schema": "pgtable.dump/1",
             "source": word,
             "regime": found.regime.value,
+            "stage": found.stage_text,
             "complete": found.complete,
             "rows": list(row_json(found, rows)),
             "findings": [finding_json(finding) for finding in findings],

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import hex64, opened, regime_of, registers_of, source_argument, source_options, span
+from emu.cli_source import (
+    hex64,
+    listings,
+    opened,
+    registers_of,
+    source_argument,
+    source_options,
+    span,
+    stage_of,
+    stage_option,
+)
 from emu.cli_source import word as number_of
 
 if TYPE_CHECKING:
+    from emu.sources import Source
     from emu.sources.find import Root
     from pgtable.find import Alias, Entry
     from pgtable.listing import Listing
+    from pgtable.memory import TableMemory
 
 EXAMPLE = """\b
 Examples:
@@ -35,6 +48,7 @@ MOST = 1000  # entries that --word prints
 @click.option("--table", metavar="PA", help="The descriptors that refer to the table page at PA.")
 @click.option("--word", metavar="WORD[/MASK]", help="The descriptors that are WORD in the bits of MASK [all].")
 @click.option("--roots", is_flag=True, help="Root tables in the RAM of SOURCE, the most believable first.")
+@stage_option
 @source_options
 def find(
     source_word: str,
@@ -42,6 +56,7 @@ def find(
     table: str | None,
     word: str | None,
     roots: bool,
+    stage: str | None,
     regs: str | None,
     reg: tuple[str, ...],
     regime: str | None,
@@ -63,9 +78,8 @@ def find(
     bits = _masked(word) if word is not None else (0, 0)
     with opened(source_word, regs, reg) as source:
         from pgtable.find import aliases, entries, references
-        from pgtable.listing import listing
 
-        memory, found = source.memory, listing(source.memory, registers_of(source), regime=regime_of(regime))
+        memory, found = _searched(source, regime, stage_of(source, regime, stage), by_pa=pa is not None)
         if pa is not None:
             rows = [(alias_json(found, row), alias_text(found, row)) for row in aliases(found, *around)]
         else:
@@ -76,6 +90,17 @@ def find(
     _print(source_word, rows, as_json)
     if not rows and not as_json:
         click.echo("no descriptor is so" if word is not None else "nothing leads there", err=True)
+
+
+def _searched(source: Source, regime: str | None, stage: str, *, by_pa: bool) -> tuple[TableMemory, Listing]:
+    """The listing to search, and the memory with its tables: of both stages a PA's VAs, or stage 1's descriptors."""
+    memory, found = listings(source, regime, stage)[0]
+    if stage == "both" and by_pa:
+        from pgtable.listing_stage2 import nested_listing
+
+        both = nested_listing(source.memory, registers_of(source))
+        found = replace(found, runs=both.rows, findings=both.findings)
+    return memory, found
 
 
 def _print(source_word: str, rows: list[tuple[dict[str, Any], str]], as_json: bool) -> None:

@@ -18,6 +18,8 @@ from emu.cli import CommandError
 
 if TYPE_CHECKING:
     from emu.sources import Source
+    from pgtable.listing import Listing
+    from pgtable.memory import TableMemory
     from pgtable.params import Regime
     from pgtable.registers import Registers
 
@@ -37,6 +39,14 @@ registers_file = click.option(
 register = click.option("--reg", "reg", multiple=True, metavar="NAME=VALUE", help="One register; counts more.")
 regime_option = click.option("--regime", type=click.Choice(REGIMES), help="The translation regime [EL10].")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schema).")
+
+
+STAGES = ("1", "2", "both")
+stage_option = click.option(
+    "--stage",
+    type=click.Choice(STAGES),
+    help="Stage 1 alone, stage 2 (addresses are IPAs), or both [both where HCR_EL2 has stage 2 on].",
+)
 
 
 def source_argument(name: str = "word", metavar: str = "SOURCE", *, required: bool = True) -> Callable[[F], F]:
@@ -97,6 +107,40 @@ def regime_of(name: str | None) -> Regime | None:
     from pgtable.params import Regime
 
     return Regime(name) if name else None
+
+
+def stage_of(source: Source, regime: str | None, stage: str | None) -> str:
+    """The stage that is meant: --stage, or what the registers say. Raises CommandError for one that is not on."""
+    from pgtable.params import stage2_on
+
+    on = stage2_on(registers_of(source)) and regime in (None, "EL10")
+    if stage in ("2", "both") and not on:
+        raise CommandError(f"--stage {stage}: HCR_EL2 has stage 2 off, or the regime has none (--reg HCR_EL2=VALUE)")
+    return stage or ("both" if on else "1")
+
+
+def stage1_registers(regs: Registers) -> Registers:
+    """The same with stage 2 off: what a guest sees whose RAM this is."""
+    from pgtable.registers import HCR_EL2
+
+    return regs.replace(HCR_EL2=regs.HCR_EL2 & ~HCR_EL2.mask("VM", "DC"))
+
+
+def listings(source: Source, regime: str | None, stage: str) -> list[tuple[TableMemory, Listing]]:
+    """What the tables map, stage by stage, each with the memory that its tables are in."""
+    from pgtable.listing import listing
+    from pgtable.listing_stage2 import stage2_listing
+    from pgtable.nested_many import GuestMemory
+    from pgtable.stage2 import Stage2Params
+
+    memory, regs = source.memory, registers_of(source)
+    if stage == "1":
+        return [(memory, listing(memory, stage1_registers(regs), regime=regime_of(regime)))]
+    second = (memory, stage2_listing(memory, regs))
+    if stage == "2":
+        return [second]
+    guest = GuestMemory(memory, Stage2Params.of(regs))
+    return [(guest, listing(guest, regs, regime=regime_of(regime))), second]
 
 
 def word(text: str, what: str) -> int:

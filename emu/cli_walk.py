@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.cli import CommandError
-from emu.cli_source import address, hex64, opened, regime_of, registers_of, source_argument, source_options
+from emu.cli_source import (
+    address,
+    hex64,
+    opened,
+    regime_of,
+    registers_of,
+    source_argument,
+    source_options,
+    stage1_registers,
+    stage_of,
+    stage_option,
+)
 
 if TYPE_CHECKING:
     from emu.sources import Source
-    from pgtable import Access, Walk
+    from pgtable import Access, Stage2Walk, Walk
     from pgtable.params import Regime
 
 EXAMPLE = """\b
@@ -31,6 +42,7 @@ Examples:
 @click.option("--atomic", "kind", flag_value="atomic", help="A read-modify-write instruction.")
 @click.option("--el0", is_flag=True, help="By EL0.")
 @click.option("--at", "operation", metavar="OP", help="The AT instruction: S1E1R, S1E0W, S1E1RP ...; gives PAR_EL1.")
+@stage_option
 @source_options
 def walk(
     word: str,
@@ -38,6 +50,7 @@ def walk(
     kind: str | None,
     el0: bool,
     operation: str | None,
+    stage: str | None,
     regs: str | None,
     reg: tuple[str, ...],
     regime: str | None,
@@ -48,12 +61,17 @@ def walk(
     SOURCE is a snapshot, an ELF core, a kdump file, raw:FILE@PA, qmp:SOCKET, gdb:HOST:PORT, or a kernel: see
     docs/sources.md. VA is 0x..., 16 hex digits, or SYMBOL[+OFFSET]. A walk that faults is an answer: exit code 0.
     """
-    if operation and (kind or el0 or regime):
+    if operation and (kind or el0 or regime or stage):
         raise CommandError(
-            f"--at {operation}: says itself what is accessed; leave out --write, --fetch, --el0, --regime"
+            f"--at {operation}: says itself what is accessed; leave out --write, --fetch, --el0, --regime, --stage"
         )
     with opened(word, regs, reg) as source:
         wanted = [address(text, source) for text in vas]
+        if stage is not None and stage_of(source, regime, stage) == "1":
+            source.registers = stage1_registers(registers_of(source))
+        if stage == "2":
+            _print_stage2(word, [_stage2(source, ipa, kind or "read", el0) for ipa in wanted], as_json)
+            return
         found = [_walked(source, va, kind or "read", el0, operation, regime_of(regime)) for va in wanted]
         names = [named(source.symbols, va) for va in wanted]
     if as_json:
@@ -80,6 +98,54 @@ def _walked(
         return abort.walk, None
     except ValueError as error:
         raise CommandError(f"--at {operation}: {error}") from None
+
+
+def _stage2(source: Source, ipa: int, kind: str, el0: bool) -> Stage2Walk:
+    """Stage 2's walk of an IPA."""
+    from pgtable.stage2 import Stage2Params, stage2_walk
+
+    return stage2_walk(source.memory.fetch, Stage2Params.of(registers_of(source)), ipa, _access(kind, el0, None))
+
+
+def _print_stage2(word: str, found: list[Stage2Walk], as_json: bool) -> None:
+    if as_json:
+        rows = [_stage2_json(walk) for walk in found]
+        click.echo(json.dumps({"schema": "pgtable.walk/1", "source": word, "walks": rows}, indent=1))
+        return
+    click.echo("\n\n".join(map(str, found)))
+
+
+def _stage2_json(found: Stage2Walk) -> dict[str, Any]:
+    """A walk of stage 2 as `--json` prints it."""
+    from pgtable.faults import Fault
+    from pgtable.why_stage2 import stage2_bits
+
+    fmt, result = found.params.fmt, found.result
+    return {
+        "ipa": hex64(found.ipa),
+        "of": "stage 1 table" if found.s1ptw else "access",
+        "steps": [
+            {"level": level, "pa": hex64(pa), "word": hex64(word), "kind": fmt.kind(word, level).name.lower()}
+            for level, pa, word in found.raw
+        ],
+        "pa": None if isinstance(result, Fault) else hex64(result.pa),
+        "fault": str(result) if isinstance(result, Fault) else None,
+        "because": [text for *_, text in stage2_bits(found)],
+    }
+
+
+def _both(found: Walk) -> dict[str, Any]:
+    """What a walk through both stages says besides."""
+    from pgtable.nested import NestedWalk
+
+    if not isinstance(found, NestedWalk):
+        return {}
+    walks = [*found.tables, *([found.stage2] if found.stage2 else [])]
+    return {
+        "ipa": None if found.ipa is None else hex64(found.ipa),
+        "hpfar": hex64(found.hpfar),
+        "stage2": [_stage2_json(walk) for walk in walks],
+    }
 
 
 def _access(kind: str, el0: bool, regime: Regime | None) -> Access:
@@ -115,6 +181,7 @@ def _json(found: Walk, par: int | None) -> dict[str, Any]:
         "result": _translation(found),
         "fault": _fault(found),
         "par": None if par is None else hex64(par),
+        **_both(found),
     }
 
 
@@ -151,7 +218,7 @@ def _translation(found: Walk) -> dict[str, Any] | None:
 
 
 def _fault(found: Walk) -> dict[str, Any] | None:
-    from pgtable.why import deciders
+    from pgtable.nested import deciders
 
     fault = found.fault
     if fault is None:
@@ -160,7 +227,7 @@ def _fault(found: Walk) -> dict[str, Any] | None:
         "type": fault.type.value,
         "level": fault.level,
         "code": f"{fault.code:#04x}",
-        "esr": hex64(fault.esr(found.access)),
+        "esr": hex64(fault.esr(found.access, target_el=2 if fault.stage == 2 else None)),
         "far": hex64(found.va),
         "because": [
             {

@@ -14,15 +14,30 @@ from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import FaultType, fault_code
 from pgtable.findings import size_text
 from pgtable.listing import Listing, Runs
-from pgtable.params import WalkParams
 from pgtable.permissions import letters
 from pgtable.registers import FSC
+from pgtable.table_params import TableParams
 
 __all__ = ["RowText", "fault_text", "flags_text", "kind_text", "memory_text", "rights_text", "size_text"]
 U64 = (1 << 64) - 1
 SHAREABILITY = ("non", "reserved", "outer", "inner")
 # Fields that have a column of their own, or whose bits mean nothing to hardware.
-_SHOWN = ("VALID", "TYPE", "OA", "AttrIndx", "AP", "SH", "UXN", "PXN", "XN", "AF", "Contiguous", "NS")
+_SHOWN = (
+    "VALID",
+    "TYPE",
+    "OA",
+    "AttrIndx",
+    "MemAttr",
+    "AP",
+    "S2AP",
+    "SH",
+    "UXN",
+    "PXN",
+    "XN",
+    "AF",
+    "Contiguous",
+    "NS",
+)
 
 
 def rights_text(perms: int, el0: bool) -> str:
@@ -59,7 +74,7 @@ def fault_text(code: int) -> str:
 _AF_CODES = {fault_code(FaultType.ACCESS_FLAG, level) for level in range(LAST_LEVEL + 1)}
 
 
-def flags_text(p: WalkParams, word: int, level: int, fault: int) -> str:
+def flags_text(p: TableParams, word: int, level: int, fault: int) -> str:
     """What else is set: `cont`, `nG`, `DBM`; `AF=0`; the fault that every access meets."""
     leaf = p.fmt.leaf(level)
     parts = ["cont"] if word & leaf.mask("Contiguous") else []
@@ -89,7 +104,8 @@ class RowText:
             found = self._tails.get(key)
             if found is None:
                 found = self._tails[key] = self._tail(va, level, word, perms, fault, attr, sh)
-            yield f"{va:#018x}-{va + size & U64:#018x} {size_text(size):>6} {found[0]} {pa:#014x}{found[1]}"
+            ipa = "" if self.listing.ipa is None else f"{self.listing.ipa_of(va):#014x} "
+            yield f"{va:#018x}-{va + size & U64:#018x} {size_text(size):>6} {found[0]} {ipa}{pa:#014x}{found[1]}"
 
     def _tail(self, va: int, level: int, word: int, perms: int, fault: int, attr: int, sh: int) -> tuple[str, str]:
         p = self.listing.params(va)

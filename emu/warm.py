@@ -75,7 +75,7 @@ class LiveTree(TableBuilder):
         self._found = params.base & -params.fmt.granule.page_size
         super().__init__(memory, (self._found, 0), fmt=params.fmt, va_bits=64 - params.txsz, upper=params.half_base > 0)
 
-    def allocate(self) -> int:
+    def allocate(self, size: int | None = None) -> int:
         """The root, for the constructor; raises MapError for another page."""
         if not hasattr(self, "root"):
             return self._found

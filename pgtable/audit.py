@@ -25,7 +25,7 @@ from pgtable.findings import size_text
 from pgtable.listing import Listing
 from pgtable.memory import TableMemory
 
-__all__ = ["RULES", "Excuse", "Place", "Places", "Rule", "Status", "Verdict", "audit", "judged"]
+__all__ = ["RULES", "STAGE2_RULES", "Excuse", "Place", "Places", "Rule", "Status", "Verdict", "audit", "judged"]
 
 
 class Status(Enum):
@@ -95,10 +95,29 @@ RULES = (
 )
 
 
+# Of stage 2: what a hypervisor's tables must be.
+STAGE2_RULES = (
+    Rule("s2-tables-writable", "stage 2 lets the guest write none of its tables", rules.tables_guest_writable),
+    Rule("s2-tables-readable", "stage 2 lets the guest read none of its tables", rules.tables_guest_readable, True),
+    Rule("s2-device-executable", "no Device memory is executable", rules.device_executable),
+    Rule("s2-alias-attributes", "all IPAs of a PA agree about type and shareability", rules.alias_attributes),
+    Rule("s2-contiguous", "contiguous groups are whole, aligned and of one kind", rules.contiguous),
+    Rule("s2-reserved", "no reserved encoding, no reserved bit", rules.reserved),
+    Rule("s2-access-flag", "AF is set, or hardware sets it", rules.access_flag),
+    Rule("s2-structure", "the tree has no loop, every table is in RAM, every address fits", rules.structure),
+    Rule("s2-shared-tables", "no table page is referred to twice", rules.shared_tables, informs=True),
+    Rule("s2-bbm", "nothing would need break-before-make to split", rules.break_before_make, informs=True),
+)
+
+
 def audit(listing: Listing, memory: TableMemory, names: Collection[str] = ()) -> list[Verdict]:
-    """The verdict of every rule, or of those with the given names, about a listing of `memory`'s tables."""
+    """The verdict of every rule, or of those with the given names, about a listing of `memory`'s tables.
+
+    A listing of stage 2 has rules of its own.
+    """
     subject = Subject(listing, memory)
-    return [judged(rule, subject) for rule in RULES if not names or rule.name in names]
+    every = STAGE2_RULES if listing.stage == 2 else RULES
+    return [judged(rule, subject) for rule in every if not names or rule.name in names]
 
 
 def judged(rule: Rule, subject: Subject, excuses: Sequence[Excuse] = ()) -> Verdict:

@@ -21,6 +21,7 @@ from pgtable.faults import FaultType, fault_code
 from pgtable.listing import Listing, Runs
 from pgtable.memory import TableMemory
 from pgtable.params import RANGE_BIT, WalkParams
+from pgtable.table_params import TableParams
 from pgtable.tree import Index
 
 NOWHERE = (1 << 64) - 1  # in a column of PAs or aliases: there is none
@@ -156,16 +157,21 @@ class Subject:
         self.rows: Runs = listing.runs.pick((fault == 0) | np.isin(fault, AF_FAULTS))
 
     @cached_property
-    def halves(self) -> list[tuple[WalkParams, Flags]]:
+    def halves(self) -> list[tuple[TableParams, Flags]]:
         """The halves that are on, and which of `rows` are theirs."""
         upper = (self.rows.va & np.uint64(RANGE_BIT)) != 0
         return [(tree.params, upper == tree.params.upper) for tree in self.listing.trees]
 
+    def _stage1_halves(self) -> Iterator[tuple[WalkParams, Flags]]:
+        return ((p, here) for p, here in self.halves if isinstance(p, WalkParams))
+
     @cached_property
     def byte(self) -> npt.NDArray[np.uint8]:
-        """The attribute byte of each row."""
+        """The attribute byte of each row; of stage 2, what it makes of write-back memory."""
+        if self.listing.stage == 2:
+            return self.rows.attr
         found = np.zeros(len(self.rows.va), np.uint8)
-        for p, here in self.halves:
+        for p, here in self._stage1_halves():
             word = self.rows.attributes[here]
             index = p.page["AttrIndx"].get(word)
             index = index | p.page["AttrIndx3"].get(word) << np.uint64(3) if p.fmt.aie else index
@@ -175,8 +181,10 @@ class Subject:
     @cached_property
     def sh(self) -> Words:
         """The shareability that each row's descriptors, or TCR for them, ask for."""
+        if self.listing.stage == 2:
+            return self.rows.sh.astype(np.uint64)
         found = np.zeros(len(self.rows.va), np.uint64)
-        for p, here in self.halves:
+        for p, here in self._stage1_halves():
             found[here] = p.page["SH"].get(self.rows.attributes[here]) if "SH" in p.page else np.uint64(p.sh)
         return found
 

@@ -28,9 +28,9 @@ from pgtable.bits import Flags, Words
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.findings import size_text
 from pgtable.memory import PAGE
-from pgtable.params import WalkParams
-from pgtable.permissions import PW, PX, UR, UW, UX
+from pgtable.permissions import PR, PW, PX, UR, UW, UX
 from pgtable.registers import SH
+from pgtable.table_params import TableParams
 from pgtable.tree import CHUNK, ROOT, Finding, Tables, words_of
 from pgtable.why import rights
 
@@ -150,6 +150,16 @@ def tables_el0_writable(s: Subject) -> Found:
     return Found(_over_tables(s, s.having(UW)))
 
 
+def tables_guest_writable(s: Subject) -> Found:
+    """Stage 2's tables inside what stage 2 lets the guest write."""
+    return Found(_over_tables(s, s.having_any(PW | UW)))
+
+
+def tables_guest_readable(s: Subject) -> Found:
+    """Stage 2's tables inside what stage 2 lets the guest read."""
+    return Found(_over_tables(s, s.having_any(PR | UR)))
+
+
 def tables_wx(s: Subject) -> Found:
     """Tables inside what one mapping makes writable and executable."""
     return Found(_over_tables(s, s.having_any(PW | UW) & s.having_any(PX | UX)))
@@ -200,7 +210,7 @@ _GROUP_REASONS = (
 )
 
 
-def _groups(p: WalkParams, level: int, tables: Tables, words: Words) -> Places:
+def _groups(p: TableParams, level: int, tables: Tables, words: Words) -> Places:
     """The inconsistent contiguous groups in some tables of one level."""
     leaf, entry, run = p.fmt.leaf(level), p.fmt.granule.level_size(level), p.run_length(level)
     legal = run > 1 and words.shape[1] % run == 0
@@ -232,11 +242,11 @@ def _groups(p: WalkParams, level: int, tables: Tables, words: Words) -> Places:
     return places(va[bad], size[bad], odd.argmax(axis=0)[bad], _GROUP_REASONS.__getitem__, pa=pa[bad])
 
 
-def _kind_of(p: WalkParams, level: int, words: Words) -> Words:
+def _kind_of(p: TableParams, level: int, words: Words) -> Words:
     """What must be the same in a group: all but the address, AF, and the dirty state where hardware manages it."""
     kept = words & np.uint64((1 << 64) - 1 ^ p.fmt.leaf(level)["OA"].mask ^ p.af)
     dirty = np.uint64(p.not_dirty)
-    managed = np.ones(words.shape, bool) if p.pie else (words & np.uint64(p.dbm)) != 0
+    managed = np.ones(words.shape, bool) if p.fmt.pie else (words & np.uint64(p.page["DBM"].mask)) != 0
     return np.where(managed, kept & ~dirty, kept)
 
 
@@ -262,7 +272,7 @@ def _zero_text(bits: int) -> str:
     return f"reserved bits are set: {bits:#018x}"
 
 
-def _table_bits(s: Subject, p: WalkParams, tables: Tables) -> Places:
+def _table_bits(s: Subject, p: TableParams, tables: Tables) -> Places:
     """Table descriptors with reserved bits, as the VAs below them."""
     zero = np.uint64(sum(field.mask for field in p.fmt.table(LAST_LEVEL - 1) if field.reserved == "RES0"))
     known = tables.pick(tables.slot != np.uint64(ROOT))
@@ -277,9 +287,9 @@ def _table_bits(s: Subject, p: WalkParams, tables: Tables) -> Places:
 
 def access_flag(s: Subject) -> Found:
     """Leaves with AF = 0 where hardware does not set it."""
-    return Found(
-        s.places(np.isin(s.rows.fault, AF_FAULTS), s.rows.level, lambda level: f"AF is 0 at level {level}, TCR.HA is 0")
-    )
+    by = "VTCR_EL2.HA" if s.listing.stage == 2 else "TCR.HA"
+    bad = np.isin(s.rows.fault, AF_FAULTS)
+    return Found(s.places(bad, s.rows.level, lambda level: f"AF is 0 at level {level}, {by} is 0"))
 
 
 def shareability(s: Subject) -> Found:
@@ -293,11 +303,11 @@ def shareability(s: Subject) -> Found:
 def not_global(s: Subject) -> Found:
     """Leaves whose nG is not that of the others (of their half, with or without access for EL0)."""
     if not s.listing.regime.has_el0:
-        ng = (s.rows.attributes & np.uint64(s.halves[0][0].ng)) != 0 if s.halves else np.zeros(0, bool)
+        ng = (s.rows.attributes & np.uint64(s.halves[0][0].page["nG"].mask)) != 0 if s.halves else np.zeros(0, bool)
         return Found(s.places(ng, s.rows.level, lambda _: f"nG is 1: {s.listing.regime.value} has no ASIDs"))
     ng = np.zeros(len(s.rows.va), bool)
     for p, here in s.halves:
-        ng[here] = (s.rows.attributes[here] & np.uint64(p.ng)) != 0
+        ng[here] = (s.rows.attributes[here] & np.uint64(p.page["nG"].mask)) != 0
     bad = np.zeros(len(ng), bool)
     el0, upper = s.having_any(UR | UW | UX), _upper(s)
     for group in (upper & el0, upper & ~el0, ~upper & el0, ~upper & ~el0):

@@ -17,9 +17,13 @@ import numpy as np
 from pgtable.bits import Flags, Words
 from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.memory import PhysicalMemory
+from pgtable.stage2 import CONCATENATED, SL0_OF_LEVEL
 
 # A leaf that a kernel could use: AF set, inner shareable, never executable, EL1 read/write, attribute 0.
 DEFAULT_FIELDS = {"AF": 1, "UXN": 1, "PXN": 1}
+# A leaf of stage 2 that a guest could use: everything allowed. MemAttr is write-back; with FWB: what stage 1 says.
+STAGE2_DEFAULT_FIELDS = {"AF": 1, "S2AP": 3, "MemAttr": 0xF}
+AS_STAGE1 = 7
 
 
 class MapError(ValueError):
@@ -44,7 +48,9 @@ class TableBuilder:
     """One translation tree, its root included, in `memory`, taking table pages from `pool` (PA, bytes).
 
     `va_bits`: bits of the VA that the tree translates (64 - TxSZ). `upper`: it is TTBR1's. `table_fields` go into
-    every table descriptor (`UXNTable=1`). `root`: the root table's PA, for TTBRn.
+    every table descriptor (`UXNTable=1`). `root`: the root table's PA, for TTBRn. `stage` 2: the tree is stage 2's,
+    addresses are IPAs; its root is at `start_level` (default: the deepest possible), as up to 16 concatenated tables;
+    `vtcr` gives VTCR_EL2's fields for it.
     """
 
     def __init__(
@@ -55,20 +61,24 @@ class TableBuilder:
         fmt: Format | None = None,
         va_bits: int = 48,
         upper: bool = False,
+        stage: int = 1,
+        start_level: int | None = None,
         **table_fields: int,
     ) -> None:
         self.memory = memory
-        self.fmt = fmt or Format()
+        self.fmt = fmt or Format(stage2=stage == 2)
+        if self.fmt.stage2 != (stage == 2) or stage not in (1, 2):
+            raise MapError(f"stage={stage}: the format is of stage {1 + self.fmt.stage2}")
         self.va_bits = va_bits
         self.upper = upper
         self.granule: Granule = self.fmt.granule
-        self.start_level = LAST_LEVEL - (va_bits - 1 - self.granule.page_shift) // self.granule.stride
+        self.start_level = self._start(start_level)
         self.table_fields = table_fields
         self.pool = pool
         if pool[0] % self.granule.page_size:
             raise MapError(f"pool at {pool[0]:#x}: must be a multiple of {self.granule.page_size:#x}")
-        self.next_free = pool[0]
-        self.root = self.allocate()
+        self.next_free = -(-pool[0] // self.root_size) * self.root_size
+        self.root = self.allocate(self.root_size)
 
     @property
     def base(self) -> int:
@@ -86,9 +96,42 @@ class TableBuilder:
         other.memory = memory
         return other
 
-    def allocate(self) -> int:
-        """A zeroed table page from the pool; raises MapError when there is none."""
-        pa, size = self.next_free, self.granule.page_size
+    def _start(self, asked: int | None) -> int:
+        """The root's level; raises MapError for one that the tree cannot have."""
+        deepest = LAST_LEVEL - (self.va_bits - 1 - self.granule.page_shift) // self.granule.stride
+        if not self.fmt.stage2:
+            if asked not in (None, deepest):
+                raise MapError(f"start_level={asked}: a {self.va_bits}-bit tree of stage 1 starts at level {deepest}")
+            return deepest
+        concatenated = self.va_bits - self.granule.level_shift(min(deepest + 1, LAST_LEVEL)) - self.granule.stride
+        most = deepest + 1 if deepest < LAST_LEVEL and concatenated <= CONCATENATED else deepest
+        first = most if asked is None else asked
+        if first not in (deepest, most):
+            raise MapError(f"start_level={asked}: {self.va_bits} bits of IPA start at level {deepest} or {most}")
+        return first
+
+    @property
+    def root_size(self) -> int:
+        """Bytes of the root: a table, or up to 16 of them (stage 2)."""
+        entries = 1 << (self.va_bits - self.granule.level_shift(self.start_level))
+        return max(8 * entries, self.granule.page_size)
+
+    @property
+    def vtcr(self) -> dict[str, int]:
+        """VTCR_EL2's fields for a tree of stage 2: T0SZ, TG0, SL0, SL2, DS."""
+        sl0 = SL0_OF_LEVEL[self.granule][self.start_level]
+        tg0 = {Granule.K4: 0, Granule.K64: 1, Granule.K16: 2}[self.granule]
+        return {
+            "T0SZ": 64 - self.va_bits,
+            "TG0": tg0,
+            "SL0": sl0 & 3,
+            "SL2": sl0 >> 2,
+            "DS": int(self.fmt.lpa2),
+        }
+
+    def allocate(self, size: int | None = None) -> int:
+        """A zeroed table page (or `size` bytes) from the pool; raises MapError when there is none."""
+        pa, size = self.next_free, size or self.granule.page_size
         if pa + size > self.pool[0] + self.pool[1]:
             raise MapError(f"no table page left in the pool at {self.pool[0]:#x}, {self.pool[1]:#x} bytes")
         self.next_free = pa + size
@@ -210,7 +253,7 @@ class TableBuilder:
         while va < end:
             level = next(at for at in levels if self._fits(va, pa, end - va, at))
             unit = self.granule.level_size(level)
-            table_end = (va | (unit * self.granule.entries - 1)) + 1
+            table_end = (va | (unit * self.granule.entries - 1)) + 1  # concatenated tables are filled one by one
             stop = min(table_end, va + (end - va) // unit * unit, self._next_larger(va, pa, end, level, levels))
             count = (stop - va) // unit
             yield level, va, pa, count
@@ -226,7 +269,9 @@ class TableBuilder:
         return min((-(-(va + 1) // u) * u for u in larger if (va - pa) % u == 0), default=end)
 
     def _entry(self, va: int, level: int) -> int:
-        return (va - self.base) >> self.granule.level_shift(level) & (self.granule.entries - 1)
+        mask = (1 << self.va_bits - self.granule.level_shift(level)) - 1 if level == self.start_level else -1
+        mask = mask if self.fmt.stage2 and level == self.start_level else self.granule.entries - 1
+        return (va - self.base) >> self.granule.level_shift(level) & mask
 
     def _refuse_live(self, level: int, va: int, count: int) -> None:
         """Raises MapError if any of the `count` entries, or an entry above them, is a live mapping."""
@@ -271,7 +316,10 @@ class TableBuilder:
     def _leaf_word(self, level: int, template: int | None, fields: dict[str, int]) -> int:
         leaf = self.fmt.leaf(level)
         if template is None:
-            defaults = {name: value for name, value in DEFAULT_FIELDS.items() if name in leaf}
+            fields_of = STAGE2_DEFAULT_FIELDS if self.fmt.stage2 else DEFAULT_FIELDS
+            defaults = {name: value for name, value in fields_of.items() if name in leaf}
+            if self.fmt.fwb:
+                defaults["MemAttr"] = AS_STAGE1
             template = leaf.pack(**defaults)
             template = leaf["SH"].put(template, 3) if "SH" in leaf else template
         address = leaf.mask("OA") | self.fmt.leaf(LAST_LEVEL).mask("OA")  # a block's template may be a page

@@ -10,7 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from pgtable.memory import TableMemory
 from pgtable.mmu import regime_of
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
+from pgtable.stage2 import Stage2Params
 from pgtable.table_params import TableParams
 from pgtable.tree import CHUNK, NO_TABLES, Finding, Index, Levels, P, Tables, Tree, all_halves, grow, words_of
 from pgtable.walk import leaf_memory, walk
@@ -62,13 +63,31 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """All that a regime's tables map. `trees`: of each half that is on. `findings`: what the rows do not say."""
+    """All that a regime's tables map. `trees`: of each half that is on. `findings`: what the rows do not say.
+
+    `stage` 2: of stage 2, where `va` of a row is an IPA. `ipa`: of both stages, the VAs at which rows begin, and their
+    IPAs; else None.
+    """
 
     regs: Registers
     regime: Regime
     runs: Runs
-    trees: list[Tree[WalkParams]]
+    trees: Sequence[Tree[TableParams]]
     findings: list[Finding] = field(default_factory=list)
+    stage: int = 1
+    ipa: tuple[Words, Words] | None = None
+
+    def ipa_of(self, va: int) -> int:
+        """The IPA of a VA that is in a row, where the rows are of both stages."""
+        assert self.ipa is not None
+        starts, ipas = self.ipa
+        i = int(np.searchsorted(starts, np.uint64(va), side="right")) - 1
+        return int(ipas[i]) + va - int(starts[i])
+
+    @property
+    def stage_text(self) -> str:
+        """`1`, `2`, or `both`."""
+        return str(self.stage) if self.ipa is None else "both"
 
     @cached_property
     def tables(self) -> Tables:
@@ -81,8 +100,10 @@ class Listing:
         """Nothing was left out: the rows are all that is mapped."""
         return all(tree.complete for tree in self.trees)
 
-    def params(self, va: int) -> WalkParams:
-        """The walk parameters of the half that `va` is in."""
+    def params(self, va: int) -> TableParams:
+        """The walk parameters of the half that `va` is in, or stage 2's."""
+        if self.stage == 2:
+            return Stage2Params.of(self.regs)
         return WalkParams.of(self.regs, self.regime, va)
 
     def at(self, va: int) -> int | None:
@@ -111,7 +132,10 @@ NO_RUNS = Runs(
 
 
 def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = None) -> Listing:
-    """Everything that a regime (default: that of EL1) maps, both halves, in VA order."""
+    """Everything that stage 1 of a regime (default: that of EL1) maps, both halves, in VA order.
+
+    With stage 2 on, EL1&0's tables are at IPAs: then `memory` is the guest's (nested_many.GuestMemory).
+    """
     regime = regime or regime_of(regs, 1)
     trees, findings, parts = [], [], [NO_RUNS]
     for p in all_halves(regs, regime):
@@ -122,11 +146,11 @@ def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = Non
         tree = grow(memory, p)
         trees.append(tree)
         findings += tree.findings
-        parts += [_decided(memory, p, *level) for level in _half(memory, tree, findings)]
-    return Listing(regs, regime, joined(_concatenated(parts)), trees, findings)
+        parts += [_decided(memory, p, *level) for level in half_runs(memory, tree, findings)]
+    return Listing(regs, regime, joined(concatenated(parts)), trees, findings)
 
 
-def _concatenated(parts: list[Runs]) -> Runs:
+def concatenated(parts: list[Runs]) -> Runs:
     """Rows of several lists, in VA order."""
     columns = Runs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if (columns.va[1:] >= columns.va[:-1]).all():
@@ -151,7 +175,7 @@ def joined(runs: Runs) -> Runs:
     return runs.pick(first)._replace(**sums)
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Runs of one level as they are found: what is read, before anything is decided. Columns as in Runs."""
 
     va: Words
@@ -162,7 +186,7 @@ class _Found(NamedTuple):
     leaves: Index
 
 
-def _decided(memory: TableMemory, p: WalkParams, level: int, found: _Found) -> Runs:
+def _decided(memory: TableMemory, p: WalkParams, level: int, found: Found) -> Runs:
     """Rows with their permissions, memory attributes, and what an access meets that no permission refuses: all of that
     is the same in a whole row, and decided once for each combination of the bits that it depends on.
     """
@@ -170,7 +194,7 @@ def _decided(memory: TableMemory, p: WalkParams, level: int, found: _Found) -> R
     attributes = found.word & np.uint64(_U64 ^ leaf["OA"].mask)
     deciding = leaf.mask(*(name for name in _DECIDES if name in leaf))
     fault, attr, sh = _judged(memory, p, level, found, attributes & np.uint64(deciding))
-    first, which = _changes(attributes, found.inherited)
+    first, which = changes(attributes, found.inherited)
     size = np.uint64(p.fmt.granule.level_size(level))
     return Runs(
         va=found.va,
@@ -196,11 +220,11 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def _judged(
-    memory: TableMemory, p: WalkParams, level: int, found: _Found, deciding: Words
+    memory: TableMemory, p: WalkParams, level: int, found: Found, deciding: Words
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Fault code, memory attributes and shareability of each row, by a walk for each combination of what decides."""
     too_large = (found.pa & np.uint64(p.over)) != 0
-    starts, which = _changes(deciding, too_large)
+    starts, which = changes(deciding, too_large)
     key = deciding[starts] | too_large[starts]  # bit 0 is VALID, and decides nothing
     _, first, kind = np.unique(key, return_index=True, return_inverse=True)
     first, which = starts[first], kind[which]
@@ -213,7 +237,7 @@ def _judged(
     return codes[which], attr[which], sh[which]
 
 
-def _changes(*columns: npt.NDArray[Any]) -> tuple[Index, Index]:
+def changes(*columns: npt.NDArray[Any]) -> tuple[Index, Index]:
     """The rows that are not as the one before, and for each row which of them it is as."""
     changes = np.ones(len(columns[0]), bool)
     changes[1:] = False
@@ -222,7 +246,7 @@ def _changes(*columns: npt.NDArray[Any]) -> tuple[Index, Index]:
     return np.flatnonzero(changes), np.cumsum(changes) - 1
 
 
-def _half(memory: TableMemory, tree: Tree[P], findings: list[Finding]) -> Iterator[tuple[int, _Found]]:
+def half_runs(memory: TableMemory, tree: Tree[P], findings: list[Finding]) -> Iterator[tuple[int, Found]]:
     """The runs of a half, level by level, not yet joined across tables."""
     leaf_levels = (*tree.params.fmt.block_levels, LAST_LEVEL)
     for tables, (level, _, mask) in zip(tree.levels, tree.params.levels, strict=False):
@@ -234,12 +258,12 @@ def _half(memory: TableMemory, tree: Tree[P], findings: list[Finding]) -> Iterat
                 words = np.where(there[:, None], words, np.uint64(0))
             parts.append(_runs_in(tree.params, level, some, words, level in leaf_levels, findings))
         if any(len(part.va) for part in parts):
-            yield level, parts[0] if len(parts) == 1 else _Found(*map(np.concatenate, zip(*parts, strict=True)))
+            yield level, parts[0] if len(parts) == 1 else Found(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _runs_in(
     p: TableParams, level: int, tables: Tables, words: Words, has_leaves: bool, findings: list[Finding]
-) -> _Found:
+) -> Found:
     """The runs in some tables of one level, and findings about entries of a reserved kind."""
     leaf, size, entries = p.fmt.leaf(level), p.fmt.granule.level_size(level), words.shape[1]
     start = _starts(words, size)
@@ -257,7 +281,7 @@ def _runs_in(
     return _rows(p, level, tables, words, start[is_leaf], count[is_leaf])
 
 
-def _rows(p: TableParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> _Found:
+def _rows(p: TableParams, level: int, tables: Tables, words: Words, start: Index, count: Index) -> Found:
     """The runs of `count` leaves that begin at the entries `start` of some tables.
 
     The output addresses of a run go on without a carry into other bits and without crossing the largest address.
@@ -281,7 +305,7 @@ def _rows(p: TableParams, level: int, tables: Tables, words: Words, start: Index
         count = np.concatenate((count[~single], np.ones(len(each), np.int64)))
         return _rows(p, level, tables, words, start, count)
     slot = tables.pa[row] + entry * np.uint64(8)
-    return _Found(va, pa, first, slot, tables.inherited[row], count)
+    return Found(va, pa, first, slot, tables.inherited[row], count)
 
 
 def _starts(words: Words, size: int) -> Index:

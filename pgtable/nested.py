@@ -23,6 +23,8 @@ from pgtable.registers import Registers
 from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk
 from pgtable.syndromes import HPFAR_EL2
 from pgtable.walk import RawStep, Swap, Translation, Update, Walk, in_memory, walk
+from pgtable.why import Decider, deciders_of
+from pgtable.why_stage2 import stage2_bits, stage2_lines
 
 READ_TABLE, WRITE_TABLE = Access(AccessType.READ), Access(AccessType.WRITE)
 HAS_FIPA = (FaultType.TRANSLATION, FaultType.ADDRESS_SIZE, FaultType.ACCESS_FLAG)  # and PERMISSION with S1PTW: IPAValid
@@ -193,6 +195,14 @@ def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Tra
     return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr), ns=s2.ns)
 
 
+def deciders(found: Walk) -> list[Decider]:
+    """The bits that decided a fault, of the stage that refused (see why.py); [] where there was none."""
+    last = found.last_stage2 if isinstance(found, NestedWalk) else None
+    if last is not None and found.fault is not None and found.fault.stage == 2:
+        return [Decider(*row) for row in stage2_bits(last)]
+    return deciders_of(found)
+
+
 # text
 
 
@@ -200,25 +210,18 @@ def _lines(found: NestedWalk) -> Iterator[str]:
     yield f"VA {found.va:#018x}: {found.access}, both stages of EL1&0"
     reads = [table for table in found.tables if table.access is READ_TABLE]
     for i, table in enumerate(reads):
-        yield from _stage2_lines(table, f"stage 1 table at IPA {table.ipa:#x}")
+        yield f"  stage 1 table at IPA {table.ipa:#x}"
+        yield from (f"    {line}" for line in stage2_lines(table))
         if i < len(found.raw):
             level, ipa, word = found.raw[i]
             kind = found.params.fmt.kind(word, level).name.lower()
             yield f"  S1 L{level} IPA {ipa:#x} {word:#018x} {kind}"
     if found.stage2 is not None:
-        yield from _stage2_lines(found.stage2, f"result, IPA {found.stage2.ipa:#x}")
+        yield f"  result, IPA {found.stage2.ipa:#x}"
+        yield from (f"    {line}" for line in stage2_lines(found.stage2))
     if isinstance(found.result, Fault):
-        decided = f", by {found.result.cause}" if found.result.cause else ""
-        yield f"  = {'on the walk of stage 1: ' if found.result.s1ptw else ''}{found.result}{decided}"
+        yield f"  = {'on the walk of stage 1: ' if found.result.s1ptw else ''}{found.result}"
+        for decider in deciders(found):
+            yield f"    {decider.text}"
         return
     yield f"  = PA {found.result.pa:#x}, {found.result.attributes}, shareability {found.result.sh}"
-
-
-def _stage2_lines(found: Stage2Walk, of: str) -> Iterator[str]:
-    yield f"  {of}"
-    for level, pa, word in found.raw:
-        yield f"    S2 L{level} {pa:#x} {word:#018x} {found.params.fmt.kind(word, level).name.lower()}"
-    if isinstance(found.result, Fault):
-        yield f"    {found.result}, by {found.result.cause}"
-    else:
-        yield f"    PA {found.result.pa:#x}"

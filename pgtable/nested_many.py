@@ -29,6 +29,7 @@ from pgtable.regions import Descent, reader
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2Params, stage2_walk
 from pgtable.walk import Update
+import contextlib
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +90,18 @@ class GuestMemory:
         return reader(self).gather(ipas)
 
     def tables(self, ipas: Words, n: int) -> tuple[Words, Flags]:
-        """Tables of `n` words at each of `ipas`: uint64 (len(ipas), n), and whether each can be read."""
+        """Tables of `n` words at each of `ipas`: uint64 (len(ipas), n), and whether any of it can be read.
+
+        A page that stage 2 refuses reads as zero: what it holds is not reached.
+        """
         words, there = np.zeros((len(ipas), n), np.uint64), np.zeros(len(ipas), bool)
         for i, ipa in enumerate(ipas.tolist()):
-            try:
-                words[i], there[i] = self.words(ipa, n), True
-            except NoMemory:
-                continue
+            first = 0
+            while first < n:
+                count = min(n - first, (PAGE - (ipa + 8 * first) % PAGE) // 8)
+                with contextlib.suppress(NoMemory):
+                    words[i, first : first + count], there[i] = self.words(ipa + 8 * first, count), True
+                first += count
         return words, there
 
 

@@ -11,7 +11,7 @@ S2CheckPermissions; Arm ARM D8.2 (concatenated tables), D8.6 (S2AP, XN).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import Features
 from pgtable.memory import NoMemory
-from pgtable.params import granule_of, most_txsz, output_bits, stage2_on
+from pgtable.params import Regime, granule_of, most_txsz, output_bits, stage2_on
 from pgtable.registers import (
     HCR_EL2,
     PA_BITS,
@@ -38,6 +38,7 @@ from pgtable.stage2_permissions import (
     ALL,
     READ,
     WALK_WRITE,
+    WRITE,
     base,
     indirect,
     is_clean,
@@ -48,6 +49,7 @@ from pgtable.stage2_permissions import (
 )
 from pgtable.table_params import TableParams
 from pgtable.walk import Fetch, RawStep, Swap, Update, in_memory
+from pgtable.why_stage2 import stage2_lines
 
 # The root's level by SL0, and with DS also by SL2 (4K): pseudocode S2StartLevel.
 _START = {
@@ -55,6 +57,8 @@ _START = {
     Granule.K16: {0: 3, 1: 2, 2: 1, 3: 0},
     Granule.K64: {0: 3, 1: 2, 2: 1},
 }
+# SL0 (4: SL2) by level.
+SL0_OF_LEVEL = {granule: {level: sl for sl, level in rows.items()} for granule, rows in _START.items()}
 # The PA size below which a root level is not there (pseudocode S2InvalidSL); 4 is SL2 = 1 with SL0 = 0.
 _LEAST_PA = {Granule.K4: {2: 44, 4: 52}, Granule.K16: {2: 42, 3: 52}, Granule.K64: {2: 44}}
 CONCATENATED = 4  # bits: at most 16 root tables in a row
@@ -88,6 +92,7 @@ class Stage2Params(TableParams):
     overlays: tuple[int, ...] | None = None  # by POIndex (VTCR_EL2.S2POE)
     ipa_ns: bool = True  # of the Non-secure IPA space
     output_ns: bool = True  # PAs are Non-secure
+    regime: Regime = Regime.EL10
     upper: bool = False
     secure: bool = False
 
@@ -170,6 +175,11 @@ class Stage2Params(TableParams):
         return (TTBR_52 if self.wide else TTBR)["BADDR"].get(self.vttbr) & -size
 
     @property
+    def not_dirty(self) -> int:
+        """S2AP[1], which hardware sets for a dirty page; Dirty with indirect permissions. The same bit."""
+        return self.page["Dirty"].mask if self.fmt.pie else self.page["S2AP"].put(0, WRITE)
+
+    @property
     def root(self) -> int:
         """VTTBR_EL2."""
         return self.vttbr
@@ -223,6 +233,15 @@ class Stage2Walk(NamedTuple):
     raw: tuple[RawStep, ...]
     result: Stage2 | Fault
     updates: tuple[Update, ...]
+
+    def __str__(self) -> str:
+        head = f"IPA {self.ipa:#x}: {self.access}, stage 2 of EL1&0"
+        return "\n".join([head, *(f"  {line}" for line in stage2_lines(self))])
+
+    @property
+    def plain(self) -> Stage2Params:
+        """The parameters for `raw`, whose words are in the CPU's order."""
+        return replace(self.params, big_endian=False)
 
     @property
     def stored_updates(self) -> tuple[Update, ...]:

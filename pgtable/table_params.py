@@ -6,15 +6,20 @@ Sources: pseudocode S1Walk and S2Walk, NextTableBase, LeafBase, StageOA, Contigu
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pgtable.bits import Field, Layout, W
 from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.features import Features
 
+if TYPE_CHECKING:
+    from pgtable.params import Regime
+
 
 class TableParams:
     """A tree of tables: its format and root. What depends on nothing else is here, for WalkParams and Stage2Params."""
 
+    regime: Regime
     features: Features
     fmt: Format
     ps_bits: int  # output address size in bits
@@ -38,6 +43,11 @@ class TableParams:
     def half_base(self) -> int:
         """The lowest input address."""
         return 0
+
+    @property
+    def not_dirty(self) -> int:
+        """The bit of a leaf by which hardware tells dirty from clean."""
+        raise NotImplementedError
 
     @property
     def ia_bits(self) -> int:

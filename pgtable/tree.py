@@ -30,6 +30,7 @@ CHUNK = 512  # tables that are read at a time
 ROOT = (1 << 64) - 1  # the slot of a root: no descriptor refers to it
 
 P = TypeVar("P", bound=TableParams)
+P_co = TypeVar("P_co", bound=TableParams, covariant=True)
 Levels = npt.NDArray[np.int8]
 Index = npt.NDArray[np.int64]
 
@@ -75,10 +76,10 @@ class Finding(NamedTuple):
         return f"{self.kind}: VA {self.va:#018x}, {self.size:#x} bytes: {self.text}"
 
 
-class Tree(NamedTuple, Generic[P]):
+class Tree(NamedTuple, Generic[P_co]):
     """A half's tables: `levels` from the root down, and what is wrong with them. `complete`: nothing was left out."""
 
-    params: P
+    params: P_co
     levels: list[Tables]
     findings: list[Finding]
     complete: bool

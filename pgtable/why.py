@@ -1,7 +1,7 @@
 """Why: a walk as text, and the bits that decided a fault.
 
 Rules of this file:
-- What decided a permission fault is found by asking the walk again with one bit changed (`deciders`): a bit is named
+- What decided a permission fault is found by asking the walk again with one bit changed (`deciders_of`): a bit is named
   only if the access would have gone through without it.
 - Text has no colours and addresses are full 64-bit words, so that a test can compare it and a person can diff it.
 """
@@ -42,8 +42,8 @@ _REGISTERS = (
 )
 
 
-def deciders(found: Walk) -> list[Decider]:
-    """The bits without any one of which there would be no fault, leaf first.
+def deciders_of(found: Walk) -> list[Decider]:
+    """Of stage 1: the bits without any one of which there would be no fault, leaf first.
 
     Where several bits forbid a permission, each by itself, all of them are named.
     """
@@ -221,6 +221,6 @@ def _success(p: WalkParams, result: Translation) -> str:
 
 def _fault_lines(found: Walk, fault: Fault) -> list[str]:
     el = found.params.regime.el
-    why = [f"    because {d.text}" for d in deciders(found)]
+    why = [f"    because {d.text}" for d in deciders_of(found)]
     codes = f"    ESR_EL{el} {fault.esr(found.access):#x}, FAR_EL{el} {found.va:#x}"
     return [f"  = {fault}", *why, codes]

@@ -20,10 +20,11 @@ from pgtable import Access, AccessType, Walk, translate
 from pgtable.attributes import MemoryAttributes
 from pgtable.diff import diff
 from pgtable.listing import Listing, listing
+from pgtable.nested import deciders
 from pgtable.params import Regime
 from pgtable.permissions import PR, PW, PX, UR, UW, UX
 from pgtable.registers import SH
-from pgtable.why import deciders, rights
+from pgtable.why import rights
 
 SAME, REMOVED = "same", "removed"  # and "added", "changed"
 

@@ -8,9 +8,10 @@ import pytest
 
 from pgtable import Access, AccessType, Format, Granule, translate
 from pgtable.features import CPUS
+from pgtable.nested import deciders
 from pgtable.params import Regime, WalkParams
 from pgtable.permissions import PR, PW, PX, UR, UX
-from pgtable.why import attributes_text, deciders, rights
+from pgtable.why import attributes_text, rights
 from tests.pgtable.hand import Tree, Words, hcr, leaf, tcr2, tree
 
 READ, WRITE, FETCH = Access.read(), Access.write(), Access.fetch()
