@@ -132,13 +132,13 @@ def traced(machine: Machine, path: str | None) -> Iterator[None]:
         yield
         return
     try:
-        file = open(path, "x")  # noqa: SIM115  closed below
+        trace = Trace(path)
     except FileExistsError:
         raise CommandError(f"--trace {path}: it is there already, name another file") from None
     except OSError as error:
         raise CommandError(f"--trace {path}: {error.strerror or error}") from None
-    with file:
-        machine.attach(Trace(file))
+    with trace:
+        machine.attach(trace)
         yield
 
 

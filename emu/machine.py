@@ -387,7 +387,7 @@ class Machine:
         self._now = _Run(home=self.cpu.read(engine.LR))
         if self.mmu:
             self.mmu.begin()
-        moment = self.trace.begin() if self.trace else None
+        found = self.trace.begin() if self.trace else 0
         before = self._mark() if record in ("changes", "order") else None
         if before is None and record == "nothing":
             self._known = None
@@ -414,7 +414,7 @@ class Machine:
             stop=stop,
             events=tuple(self._order.events) if record in ("order", "events") else None,
             x=() if record in ("events", "nothing") else tuple(self.cpu.general()),
-            findings=self.trace.since(moment) if self.trace and moment else (),
+            findings=self.trace.since(found) if self.trace else (),
         )
 
     def run(

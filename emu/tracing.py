@@ -7,11 +7,12 @@
 
 Rules of this file:
 - Hooks are on table pages, TLBI, barriers and MSRs of translation registers only; a table that is linked during a
-  run is hooked at once. A traced call costs milliseconds (code is translated anew), an event some 20 us.
+  run is hooked at once on the CPU that runs, on the others when they run. What it costs: `python -m benchmarks.tlb`.
 - Break-before-make is judged always; uses of TLB entries where a `Policy` is given and the machine has mmu="model",
   whose misses are then served by the TLB model. Unicorn's own TLB is dropped at each event, so that every use after an
   event is seen.
-- What Python changes between runs is taken as done right: entries of before are forgotten.
+- What Python changes between runs is taken as done right: entries of before are forgotten. A register that it has set
+  is an event besides, that nobody judges.
 - The end of a call is a return: what it left unclean is a finding.
 """
 
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 from emu import engine
 from emu.checkers import Checkers
@@ -43,19 +45,12 @@ SCHEMA = "pgtable.trace/1"
 _REGISTERS = {engine.SYSTEM[name]: name for name in ("SCTLR_EL1", "TTBR0_EL1", "TTBR1_EL1", "TCR_EL1", "MAIR_EL1")}
 
 
-class Moment(NamedTuple):
-    """Where a trace is: how many events and findings it had."""
-
-    events: int
-    findings: int
-
-
 class Trace:
-    """Of one machine and the CPUs that share its memory. `out`: a path or text stream for JSON lines, schema
-    pgtable.trace/1. `policy`: how a TLB behaves; None: no TLB model.
+    """Of one machine and the CPUs that share its memory. `out`: the path of a new file, or a text stream, for JSON
+    lines, schema pgtable.trace/1. `policy`: how a TLB behaves; None: no TLB model.
 
-    `events`: as the checkers get them. `findings`: what was wrong, in order. Raises OSError for a path that cannot be
-    written.
+    `events`: as the checkers get them. `findings`: what was wrong, in order. Raises FileExistsError for a path where a
+    file is, OSError for one that cannot be written.
     """
 
     def __init__(self, out: str | os.PathLike[str] | IO[str] | None = None, *, policy: Policy | None = None) -> None:
@@ -65,9 +60,10 @@ class Trace:
         self.machines: list[Machine] = []
         self.stale = False  # Unicorn's TLBs may hold what an event has ended
         self._close = isinstance(out, (str, os.PathLike))
-        self._out: IO[str] | None = open(out, "w") if isinstance(out, (str, os.PathLike)) else out  # noqa: SIM115
+        self._out: IO[str] | None = open(out, "x") if isinstance(out, (str, os.PathLike)) else out  # noqa: SIM115
         self.checkers: Checkers | None = None
         self._known: Mark | None = None
+        self._registers: list[Registers] = []  # of each CPU when a run last ended
         self._number = 0
         self._write_line({"schema": SCHEMA})
 
@@ -87,21 +83,29 @@ class Trace:
         tree = self.checkers.tree
         return [(pa, tree.page) for pa in tree.pages]
 
-    def begin(self) -> Moment:
-        """Before a run: what Python has changed since the last one is learned."""
-        first = self.machines[0]
-        if self._known is not None:
-            mark = first.memory.mark(self.tables)
-            if not self._known.same_as(mark):
-                self._known = None
-        if self._known is None:
-            self._start()
-        return Moment(len(self.events), len(self.findings))
+    def begin(self) -> int:
+        """Before a run: what Python has changed since the last one is learned. How many findings there are."""
+        registers = [_of_regime(machine) for machine in self.machines]
+        known, self._known = self._known, None
+        registers_set = known is not None and self._note_set(registers)
+        if known is None or registers_set or not known.same_as(self.machines[0].memory.mark(self.tables)):
+            self._start(registers)
+        return len(self.findings)
 
-    def _start(self) -> None:
+    def _note_set(self, registers: Sequence[Registers]) -> bool:
+        """Registers that Python has set since the last run are events; whether there are any."""
+        found = False
+        for cpu, (old, new) in enumerate(zip(self._registers, registers, strict=True)):
+            for name in new if old != new else ():
+                if old[name] != new[name]:
+                    self.events.append(SysregWrite(cpu, name, new[name]))
+                    self._say(cpu, 0, {"kind": "set", "register": name, "value": f"{new[name]:#x}"})
+                    found = True
+        return found
+
+    def _start(self, registers: Sequence[Registers]) -> None:
         """The checkers anew, on the tables and registers as they are."""
         first = self.machines[0]
-        registers: list[Registers] = [machine.registers() for machine in self.machines]
         policy = self.policy if first.mmu else None
         self.checkers = Checkers(first.memory, registers, policy=policy, symbol=first.describe)
         self.stale = True
@@ -111,10 +115,11 @@ class Trace:
         if returned:
             self.feed(Return(cpu, pc), "return")
         self._known = self.machines[0].memory.mark(self.tables)
+        self._registers = [_of_regime(machine) for machine in self.machines]
 
-    def since(self, moment: Moment) -> tuple[Finding, ...]:
-        """The findings since `begin`."""
-        return tuple(self.findings[moment.findings :])
+    def since(self, count: int) -> tuple[Finding, ...]:
+        """The findings since `begin` gave their number."""
+        return tuple(self.findings[count:])
 
     # events
 
@@ -127,21 +132,20 @@ class Trace:
             return
         self.feed(event)
         if isinstance(event, Write):
-            self._follow(self.checkers.tree.linked(event))
+            self._follow(cpu, self.checkers.tree.linked(event))
 
-    def _follow(self, pages: list[int]) -> None:
-        """Pages that have become tables."""
+    def _follow(self, cpu: int, pages: list[int]) -> None:
+        """Pages that have become tables: hooked on the CPU that runs. Others hook all tables when they run."""
         assert self.checkers
         for page in pages:
-            for machine in self.machines:
-                machine.follow(page, self.checkers.tree.page)
+            self.machines[cpu].follow(page, self.checkers.tree.page)
 
     def register(self, cpu: int, pc: int, name: str, value: int) -> None:
         """An MSR of a translation register, before it is executed."""
         assert self.checkers
         self.feed(SysregWrite(cpu, name, value, pc))
         if name.startswith("TTBR"):
-            self._follow(self.checkers.tree.follow(self.machines[cpu].registers().replace(**{name: value})))
+            self._follow(cpu, self.checkers.tree.follow(self.machines[cpu].registers().replace(**{name: value})))
 
     def feed(self, event: Event, kind: str = "") -> None:
         """An event, to both checkers and to the file."""
@@ -253,17 +257,17 @@ class Tap:
         """The table pages: (PA, bytes)."""
         return self._trace.tables
 
-    def begin(self) -> Moment:
-        """Before a run."""
+    def begin(self) -> int:
+        """Before a run: the number of findings so far."""
         return self._trace.begin()
 
     def end(self, pc: int, *, returned: bool) -> None:
         """After a run that has returned to `pc`, or was stopped there."""
         self._trace.end(self.number, pc, returned=returned)
 
-    def since(self, moment: Moment) -> tuple[Finding, ...]:
-        """The findings of the run."""
-        return self._trace.since(moment)
+    def since(self, count: int) -> tuple[Finding, ...]:
+        """The findings of the run, before which there were `count`."""
+        return self._trace.since(count)
 
     def msr(self, instruction: SystemInstruction, value: int) -> bool:
         """Before an MSR: one that translation depends on is an event. It is left to the CPU."""
@@ -283,6 +287,11 @@ class Tap:
     def access(self, regs: Registers, va: int, access: Access, swap: Swap | None) -> Walk:
         """An access through the TLB model."""
         return self._trace.access(self.number, self._cpu.read(engine.PC), regs, va, access, swap)
+
+
+def _of_regime(machine: Machine) -> Registers:
+    """A CPU's registers of translation, without what is PSTATE's and changes all the time."""
+    return machine.registers().replace(PAN=0, UAO=0)
 
 
 def _words(old: int, new: int) -> dict[str, str]:

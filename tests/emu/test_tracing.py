@@ -147,6 +147,37 @@ def test_what_python_changes_is_taken_as_done_right() -> None:
     assert trace.findings == []
 
 
+@pytest.mark.parametrize("mmu", ["cpu", "model"])
+def test_a_register_that_python_sets_is_an_event_and_taken_as_done_right(mmu: str) -> None:
+    """An empty table in TTBR0_EL1, under the ASID of before: what a TLB had is gone with it."""
+    out = io.StringIO()
+    trace = Trace(out, policy=Policy())
+    m = Machine.bare(mmu=mmu, trace=trace)
+    va, root, empty = m.plan.user_data, m.registers().TTBR0_EL1, m.plan.ram[0] + 0x20_0000
+    m.memory.words(empty, 512)[:] = 0
+    assert not m.run((LOAD, RET), va).stop
+    m.set_register("TTBR0_EL1", empty)
+    stop = m.run((LOAD, RET), va).stop
+    assert stop
+    assert stop.kind == "fault"
+    m.set_register("TTBR0_EL1", root)
+    assert m.run((LOAD, RET), va).ok().findings == ()
+    assert [e for e in trace.events if isinstance(e, SysregWrite)] == [
+        SysregWrite(0, "TTBR0_EL1", empty),
+        SysregWrite(0, "TTBR0_EL1", root),
+    ]
+    assert [row["value"] for row in rows(out) if row.get("kind") == "set"] == [f"{empty:#x}", f"{root:#x}"]
+
+
+def test_a_register_that_the_guest_sets_is_no_event_of_python() -> None:
+    out = io.StringIO()
+    m = Machine.bare(mmu="model", trace=Trace(out))
+    m.run((MSR_TTBR0, ISB, RET), m.user.root | 5 << 48)
+    m.run((0xD500419F, RET))  # msr pan, #1: of PSTATE, no register of the regime
+    m.run((RET,))
+    assert [row["kind"] for row in rows(out)[1:]] == ["msr", "isb", "return", "return", "return"]
+
+
 # the events
 
 
@@ -213,6 +244,14 @@ def test_json_lines(tmp_path: Path) -> None:
     assert (events[3]["rule"], events[3]["cause"]) == ("unclean at return", "no TLBI")
 
 
+def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        Trace(path)
+    assert path.read_text() == "mine"
+
+
 def test_a_machine_has_one_trace() -> None:
     m = Machine.bare(trace=Trace())
     with pytest.raises(ValueError, match="has a trace"):
@@ -236,6 +275,21 @@ def test_a_table_is_followed_as_soon_as_it_is_linked(word: int) -> None:
     first, second = (e for e in trace.events if isinstance(e, Write))
     assert (first.pa, first.va, first.level) == (root.pa, va, root.level)
     assert (second.pa, second.level, second.va) == (table + 8, root.level + 1, va + (1 << 30))
+
+
+def test_a_table_that_one_cpu_links_is_followed_once_on_another() -> None:
+    """Of each CPU's store into it there is one event, in this run and in later ones."""
+    trace = Trace()
+    m = Machine.bare(trace=trace)
+    (second,) = more_cpus(m)
+    table = m.plan.ram[0] + 0x20_0000
+    m.memory.words(table, 512)[:] = 0
+    root = m.translate(m.plan.linear + (1 << 40)).steps[-1]
+    m.run((STORE, RET), 0, m.plan.linear_va(root.pa), table | 3)
+    for cpu in (second, m, second):
+        cpu.run((STORE, RET), 0, m.plan.linear_va(table), 0)
+    writes = [(e.cpu, e.pa) for e in trace.events if isinstance(e, Write)]
+    assert writes == [(0, root.pa), (1, table), (0, table), (1, table)]
 
 
 @pytest.mark.parametrize("name", ALL)
