@@ -15,7 +15,8 @@ from emu.checkers import Checkers
 from emu.machine import Machine
 from emu.trace import Barrier, Maintenance
 from pgtable import Access, Walk
-from pgtable.tlb_events import Return
+from pgtable.memory import PAGE
+from pgtable.tlb_events import Return, TableFree
 from pgtable.tlbi import operand_for
 
 
@@ -142,10 +143,13 @@ class Scene:
 
     def free(self, pa: int) -> None:
         """From now on any access to the page at `pa` is a finding; it is filled with a pattern as poisoning would."""
-        page = self.machine.plan.page_size
-        self.freed |= {pa & -page}
-        self.memory.words(pa & -page, page // 8)[:] = POISON
-        self.written.add(pa)
+        size = self.machine.plan.page_size
+        page = pa & -size
+        self.freed |= {page}
+        if self._checkers:
+            self._checkers.feed(TableFree(page, self._cpu))
+        self.memory.words(page, size // 8)[:] = POISON
+        self.written |= set(range(page, page + size, PAGE))
 
     def take(self, pa: int) -> None:
         """The page at `pa` is in use again."""

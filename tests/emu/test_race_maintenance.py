@@ -172,6 +172,27 @@ def test_a_stale_use_that_the_make_puts_right_is_no_finding() -> None:
     assert "tlb" in race(step.word + 4096)
 
 
+@pytest.mark.parametrize(("clean", "found"), [(True, set()), (False, {"bbm"})])
+def test_a_step_that_frees_a_table_is_judged(clean: bool, found: set[str]) -> None:
+    """It is unlinked first; without a TLBI the checkers object."""
+    machine = Machine.bare()
+    va = machine.plan.linear + 0x10_0000
+    link, entry = machine.translate(va).steps[-2:]
+
+    def free(scene: Scene) -> None:
+        scene.store(link.pa, 0)
+        scene.barrier("dsb ishst")
+        if clean:
+            scene.tlbi("vaae1is", va)
+            scene.barrier("dsb ish")
+        scene.free(entry.pa)
+
+    made = Race(machine, (Actor("A", (Step("free", free),)),), [(link.pa, 8)], serial=False, judge=Policy())
+    findings = made.explore(None).findings
+    assert {f.kind for f in findings} == found
+    assert all("table freed before invalidation (no TLBI)" in f.text for f in findings)
+
+
 @pytest.mark.parametrize(("gives", "found"), [(True, set()), (False, {"deadlock"})])
 def test_an_actor_waits_for_an_rwsem_that_another_holds(gives: bool, found: set[str]) -> None:
     """down_write() of a lock that a reader has: it is not entered, and goes on when the reader is gone."""
