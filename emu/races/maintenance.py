@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from emu import scenarios
-from emu.check import stub_allocator
 from emu.coldboot import protections
 from emu.machine import Machine
 from emu.race import Actor, Call, Race, Scene, Step
@@ -21,6 +20,7 @@ from emu.races.parts import (
     ScenarioError,
     change,
     freeing,
+    give_pages,
     lock,
     symbols_of,
     vmap_huge,
@@ -29,10 +29,9 @@ from emu.races.parts import (
 from emu.warm import WarmMachine
 from pgtable import Access
 from pgtable.descriptors import LAST_LEVEL
+from pgtable.registers import TTBR
 from pgtable.tlb import Policy
-
-COUNTERS = {"lruvec_stat_mod_folio", "mod_node_state"}  # statistics in memory that a cold machine has not
-NG = 1 << 11
+from pgtable.tlbi import operand_for
 
 # Programs of bad-tlbi: X0 the VA of a PTE, X1 TLBI's operand, X2 the new descriptor.
 _CLEAR, _STORE, _RET = 0xF900001F, 0xF9000002, 0xD65F03C0  # str xzr, [x0]; str x2, [x0]; ret
@@ -66,9 +65,7 @@ def _reader(va: int, *, faults: bool = False) -> Actor:
 def split_walk(machine: Machine, options: Mapping[str, str]) -> Race:
     """A block of kernel memory becomes a table of pages; a walk and a load go on meanwhile."""
     how, flush, bbm = options["how"], options["flush"] == "yes", int(options["bbm"])
-    stub_allocator(machine)
-    for name in COUNTERS & symbols_of(machine):
-        machine.stub(name, lambda _: 0)
+    give_pages(machine)
     plan, tables = machine.plan, machine.tables
     va, level = scenarios.test_va(plan), LAST_LEVEL - 1
     size = tables.granule.level_size(level)
@@ -141,9 +138,7 @@ def _kernel_split(machine: Machine, pa: int, block: int) -> tuple[Call, ...]:
 
 def ptdump_vmalloc(machine: Machine, options: Mapping[str, str]) -> Race:
     """The kernel's dump of two blocks of the vmalloc space, with the locks that it takes, while vmalloc works there."""
-    stub_allocator(machine)
-    for name in COUNTERS & symbols_of(machine):
-        machine.stub(name, lambda _: 0)
+    give_pages(machine)
     plan, tables = machine.plan, machine.tables
     va = scenarios.test_va(plan)
     prot = protections(tables.fmt).kernel
@@ -185,14 +180,15 @@ def bad_tlbi(machine: Machine, options: Mapping[str, str]) -> Race:
     """A page that is not global moves to another PA; the program is one of PROGRAMS, run for real."""
     plan = machine.plan
     va = plan.linear + TEST
+    page = machine.tables.fmt.leaf(LAST_LEVEL)
     step = machine.translate(va).steps[-1]
-    machine.memory.store(step.pa, step.word | NG)
+    old = page["nG"].put(step.word, 1)
+    machine.memory.store(step.pa, old)
     code = b"".join(word.to_bytes(4, "little") for word in PROGRAMS[options["wrong"]])
     machine.memory.write(plan.code_pa, code)
-    regs = machine.registers()
-    asid = regs.TTBR0_EL1 >> 48 ^ (options["wrong"] == "asid")
-    operand = asid << 48 | va >> 12 & (1 << 44) - 1
-    new = (step.word | NG) + plan.page_size
+    asid = TTBR["ASID"].get(machine.registers().TTBR0_EL1) ^ (options["wrong"] == "asid")
+    operand = operand_for("vale1is", va, asid=asid)
+    new = page["OA"].put(old, page["OA"].get(old) + plan.page_size)
     program = Actor("move", (Call(plan.code, (plan.linear_va(step.pa), operand, new)),))
     watch = [(step.pa, 8)]
     return Race(machine, (program, _reader(va)), watch, mode=options["mode"], serial=False, judge=Policy())

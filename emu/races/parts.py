@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from emu import scenarios
-from emu.coldboot import protections
+from emu.check import stub_allocator
+from emu.coldboot import STRUCT_PAGE, protections
 from emu.machine import Machine
 from emu.race import WAIT, Actor, Call, Race, Scene, Step, call
+from emu.races.sites import READER, WRITER
 from emu.warm import WarmMachine
-from pgtable.descriptors import LAST_LEVEL
+from pgtable.descriptors import AP_READ_ONLY, LAST_LEVEL, Format
 
-RDONLY, DBM = 1 << 7, 1 << 51  # PTE_RDONLY and PTE_WRITE
+_PAGE = Format().leaf(LAST_LEVEL)
+RDONLY, DBM = _PAGE["AP"].put(0, AP_READ_ONLY), _PAGE["DBM"].mask  # PTE_RDONLY and PTE_WRITE
+COUNTERS = ("lruvec_stat_mod_folio", "mod_node_state")  # statistics in memory that a cold machine has not
 GFP_KERNEL = 0xCC0
 TEST = 0x200_0000  # bytes from the start of RAM: linear addresses that nothing else uses on a cold machine
 CALLBACK = (0xF9400009, 0x52800000, 0xD65F03C0)  # ldr x9, [x0]; mov w0, #0; ret
@@ -48,6 +52,14 @@ class Scenario:
                 raise ScenarioError(f"{self.name}: {name}={value}: must be one of {', '.join(allowed)}")
         chosen = {name: options.get(name, allowed[0]) for name, allowed in self.options.items()}
         return self.make(machine, {**chosen, "mode": mode or ("interrupt" if self.interrupt else "smp")})
+
+
+def give_pages(machine: Machine) -> None:
+    """A cold machine's page allocator gives pages of its pool, and nothing is counted."""
+    stub_allocator(machine)
+    for name in COUNTERS:
+        if name in symbols_of(machine):
+            machine.stub(name, lambda _: 0)
 
 
 def symbols_of(machine: Machine) -> set[str]:
@@ -103,7 +115,7 @@ def freeing(machine: Machine) -> dict[str, Callable[[Machine], int]]:
     page = machine.plan.page_size
 
     def of_struct(m: Machine) -> int:
-        return (m.argument(0) - first) // 64 * page + m.plan.ram[0]
+        return (m.argument(0) - first) // STRUCT_PAGE * page + m.plan.ram[0]
 
     def of_address(m: Machine) -> int:
         return m.plan.linear_pa(m.argument(0))
@@ -111,9 +123,6 @@ def freeing(machine: Machine) -> dict[str, Callable[[Machine], int]]:
     found = {"free_pages": of_address, "__free_pages": of_struct, "__free_frozen_pages": of_struct}
     found["free_frozen_pages"] = of_struct
     return {name: address for name, address in found.items() if name in symbols_of(machine)}
-
-
-READER, WRITER = 0x100, 1  # of struct rw_semaphore.count
 
 
 def lock(machine: Machine, kind: str) -> tuple[tuple[Step, ...], tuple[Step, ...]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from emu import scenarios
-from emu.check import stub_allocator
 from emu.coldboot import protections
 from emu.machine import Machine
 from emu.race import Actor, Call, Race, Scene, Step, call
@@ -23,6 +22,7 @@ from emu.races.parts import (
     Scenario,
     change,
     freeing,
+    give_pages,
     lock,
     one_of,
     symbols_of,
@@ -100,9 +100,7 @@ def _kfence_softirq(machine: Machine, options: Mapping[str, str]) -> Race:
 
 
 def _freed_table(machine: Machine, options: Mapping[str, str]) -> Race:
-    stub_allocator(machine)
-    for name in {"lruvec_stat_mod_folio", "mod_node_state"} & symbols_of(machine):
-        machine.stub(name, lambda _: 0)
+    give_pages(machine)
     va, work = vmap_huge(machine) if options["by"] == "vmap" else _unplug(machine)
     take, give = lock(machine, options["lock"])
     page = machine.plan.page_size

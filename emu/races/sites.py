@@ -20,11 +20,12 @@ _OP2_OF_BARRIERS = (4, 5, 6)  # DSB, DMB, ISB
 _WFE = 0xD503205F
 _YIELD = 0xD503203F
 
-# struct rw_semaphore.count (include/linux/rwsem.h): bit 0 a writer, from bit 8 on the readers.
-_WRITER, _ANYONE = 1, ~0xFE & (1 << 64) - 1
-_LOCKS = {"down_read": _WRITER, "down_write": _ANYONE}
+# struct rw_semaphore.count (include/linux/rwsem.h): bit 0 a writer, from bit 8 on the readers, flags between.
+WRITER, READER = 1, 1 << 8
+_ANYONE = (WRITER | -READER) & (1 << 64) - 1
+_LOCKS = {"down_read": WRITER, "down_write": _ANYONE}
 _LOCKS |= {f"{name}_killable": mask for name, mask in _LOCKS.items()}
-_LOCKS |= {"rwsem_down_read_slowpath": _WRITER, "rwsem_down_write_slowpath": _ANYONE}  # it was free a moment ago
+_LOCKS |= {"rwsem_down_read_slowpath": WRITER, "rwsem_down_write_slowpath": _ANYONE}  # it was free a moment ago
 
 
 def lock_sites(machine: Machine) -> dict[int, int]:

@@ -16,6 +16,7 @@ from emu.cpus import more_cpus
 from emu.machine import Machine
 from emu.tracing import Policy, Trace
 from pgtable.tlb_events import Dsb, Isb, Return, SysregWrite, Tlbi, Write
+from pgtable.tlbi import operand_for
 from tests.kernels import KERNELS, kernel_image
 from tests.snapshots import WARM, booted
 
@@ -38,7 +39,7 @@ class Bare:
         step = m.translate(self.va).steps[-1]
         self.pa, self.word = step.pa, step.word
         self.other = step.word + m.plan.page_size
-        self.operand = self.va >> 12 & (1 << 44) - 1
+        self.operand = operand_for("vaae1is", self.va)
 
     def run(self, *code: int, operand: int | None = None) -> list[tuple[str, str]]:
         """Runs a snippet from a fresh start; (rule, cause) of what was found."""
@@ -116,11 +117,11 @@ def test_the_wrong_asid_cleans_nothing() -> None:
     m = Machine.bare(mmu="model", trace=trace)
     va = m.plan.user_data
     step = m.translate(va).steps[-1]
-    not_global = step.word | 1 << 11
+    not_global = m.tables.fmt.leaf(3)["nG"].put(step.word, 1)
     code = (CLEAR, DSB_ISHST, 0xD5088323, DSB_ISH, ISB, RET)  # tlbi vae1is, x3
     for asid, expected in ((0, []), (1, [("unclean at return", "TLBI of another ASID")])):
         m.memory.store(step.pa, not_global)
-        result = m.run(code, 0, m.plan.linear_va(step.pa), 0, asid << 48 | va >> 12)
+        result = m.run(code, 0, m.plan.linear_va(step.pa), 0, operand_for("vae1is", va, asid=asid))
         assert [(f.rule, f.cause) for f in result.findings] == expected
 
 
