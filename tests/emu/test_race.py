@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from emu.machine import Machine
-from emu.race import WAIT, Actor, Race, Scene, Step, call
+from emu.race import WAIT, Actor, Call, Race, Scene, Step, call
 from emu.races.explore import Schedule
-from emu.races.parts import ScenarioError
+from emu.races.parts import DBM, RDONLY, TEST, ScenarioError, change
 from emu.races.scenarios import SCENARIOS
+from pgtable import Access
 from tests.kernels import kernel_image
 from tests.snapshots import WARM, booted
 
@@ -36,6 +37,19 @@ def test_lost_update_is_found_with_one_preemption_both_ways(kernel: str) -> None
         again, _ = made.replay(str(finding.schedule))
         assert [other.words for other in again] == [finding.words]
         assert made.minimised(finding).schedule == finding.schedule
+
+
+@pytest.mark.parametrize("kernel", RACY)
+def test_what_the_cold_scenarios_change_is_the_right_to_write(kernel: str) -> None:
+    machine = Machine.boot(kernel_image(kernel))
+    va = machine.plan.linear + TEST
+    (work,) = change(machine, "B", va, 1, RDONLY, DBM).work
+    assert isinstance(work, Call)
+    machine.call(work.function, *work.args).ok()
+    assert machine.translate(va).ok
+    assert machine.translate(va, Access.write(el=1)).fault
+    assert machine.tables.fmt.leaf(3)["DBM"].get(machine.translate(va).steps[-1].word) == 0
+    assert machine.translate(va + 4096, Access.write(el=1)).ok
 
 
 @pytest.mark.parametrize("kernel", RACY)

@@ -6,11 +6,11 @@ import pytest
 
 from emu.machine import Machine
 from emu.race import Actor, Call, Race, Scene, Step
-from emu.races import steps
 from emu.races.parts import ScenarioError
 from emu.races.scenarios import SCENARIOS
+from emu.races.sites import READER, WRITER
 from pgtable import Access
-from pgtable.tlb import Policy
+from pgtable.tlb import Policy, TlbModel
 from tests.kernels import kernel_image
 from tests.snapshots import WARM, booted
 
@@ -39,10 +39,11 @@ def test_a_break_without_a_flush_is_no_break(kernel: str) -> None:
 
 @pytest.mark.parametrize("flush", ["yes", "no"])
 @pytest.mark.parametrize("bbm", [0, 1, 2, 3])
-def test_a_table_over_a_block_is_a_matter_of_the_feature(bbm: int, flush: str) -> None:
+@pytest.mark.parametrize("kernel", EACH)
+def test_a_table_over_a_block_is_a_matter_of_the_feature(kernel: str, bbm: int, flush: str) -> None:
     """Level 1 wants nT, which is not set here. Level 2 wants a TLBI afterwards, level 3 wants nothing."""
     wrong = bbm < 2 or (bbm == 2 and flush == "no")
-    found = kinds("split-walk", "debian:6.12", how="direct", flush=flush, bbm=str(bbm))
+    found = kinds("split-walk", kernel, how="direct", flush=flush, bbm=str(bbm))
     assert found == ({"bbm"} if wrong else set())
 
 
@@ -123,10 +124,10 @@ def test_set_memory_of_a_booted_kernel_is_clean(kernel: str) -> None:
 
 
 def test_without_the_tlb_the_search_finds_no_stale_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule that carries `tlb` findings: dropped, they are gone and the others stay."""
-    monkeypatch.setattr(steps, "OF_TLB", ())
-    found = kinds("bad-tlbi", "debian:6.12", wrong="tlbi")
-    assert found == {"bbm"}
+    """A TLB that keeps nothing: the findings of its model are gone, those of the other checker stay."""
+    assert kinds("bad-tlbi", "debian:6.12", wrong="tlbi") == {"bbm", "tlb"}
+    monkeypatch.setattr(TlbModel, "insert", lambda *_, **__: None)
+    assert kinds("bad-tlbi", "debian:6.12", wrong="tlbi") == {"bbm"}
 
 
 def test_states_that_the_checkers_tell_apart_are_not_pruned_into_one() -> None:
@@ -193,16 +194,17 @@ def test_a_step_that_frees_a_table_is_judged(clean: bool, found: set[str]) -> No
     assert all("table freed before invalidation (no TLBI)" in f.text for f in findings)
 
 
+@pytest.mark.parametrize("count", [READER, WRITER], ids=["reader", "writer"])
 @pytest.mark.parametrize(("gives", "found"), [(True, set()), (False, {"deadlock"})])
-def test_an_actor_waits_for_an_rwsem_that_another_holds(gives: bool, found: set[str]) -> None:
-    """down_write() of a lock that a reader has: it is not entered, and goes on when the reader is gone."""
+def test_an_actor_waits_for_an_rwsem_that_another_holds(gives: bool, found: set[str], count: int) -> None:
+    """down_write() of a lock that another has: it is not entered, and goes on when the other is gone."""
     machine = Machine.boot(kernel_image("debian:6.12"))
     lock = machine.plan.spare
     machine.write(lock, bytes(64))
     pa = machine.translate(lock).pa
-    take = Step("take", lambda scene: scene.store(pa, 0x100))
+    take = Step("take", lambda scene: scene.store(pa, count))
     give = Step("give", lambda scene: scene.store(pa, 0))
-    reader = Actor("R", (take, give) if gives else (take,))
+    holder = Actor("H", (take, give) if gives else (take,))
     writer = Actor("W", (Call("down_write", (lock,)), Call("up_write", (lock,))))
-    result = Race(machine, (reader, writer), [(pa & -4096, 4096)], serial=False).explore(0)
+    result = Race(machine, (holder, writer), [(pa & -4096, 4096)], serial=False).explore(0)
     assert {f.kind for f in result.findings} == found

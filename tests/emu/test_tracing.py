@@ -14,6 +14,7 @@ from emu.check import stub_allocator
 from emu.coldboot import protections
 from emu.cpus import more_cpus
 from emu.machine import Machine
+from emu.races.parts import DBM, RDONLY
 from emu.tracing import Policy, Trace
 from pgtable.tlb_events import Dsb, Isb, Return, SysregWrite, Tlbi, Write
 from pgtable.tlbi import operand_for
@@ -325,6 +326,18 @@ def test_set_memory_valid_is_clean_and_noflush_is_not(name: str) -> None:
     (found,) = m.call("set_direct_map_invalid_noflush", page).ok().findings
     assert (found.rule, found.cause, found.va) == ("unclean at return", "no TLBI", m.plan.linear + 0x210_0000)
     assert found.write_symbol.split("+")[0] in {"change_page_range", "pageattr_pte_entry"}
+
+
+@pytest.mark.kernels
+def test_update_range_prot_leaves_the_tlbi_to_its_caller() -> None:
+    """7.3's: of set_memory_ro() and the like it is the middle; with its TLBI 6.12's is clean."""
+    for name, function in (("debian:6.12", "__change_memory_common"), ("debian:7.3", "update_range_prot")):
+        m = Machine.boot(kernel_image(name), trace=Trace())
+        va, size = m.plan.linear + 0x200_0000, 2 * m.plan.page_size
+        result = m.call(function, va, size, RDONLY, DBM).ok()
+        found = [(f.rule, f.cause, f.va) for f in result.findings]
+        unclean = [("unclean at return", "no TLBI", va + at) for at in range(0, size, m.plan.page_size)]
+        assert found == (unclean if function == "update_range_prot" else [])
 
 
 @pytest.mark.full
