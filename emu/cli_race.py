@@ -116,7 +116,8 @@ def _machine(source: str | None, snapshot: str | None, symbols: str | None) -> M
     if (source is None) == (snapshot is None):
         raise CommandError("race: give --kernel KERNEL or --snapshot FILE")
     if snapshot is not None:
-        return Snapshot.load(snapshot).machine()
+        loaded = Snapshot.load(snapshot)
+        return loaded.machine(mmu="model" if loaded.lpa2 else "cpu")
     assert source
     return Machine.boot(load_image(source, symbols))
 

@@ -343,6 +343,8 @@ class Machine:
     def proceed(self, pc: int, timeout: float | None = TIMEOUT) -> tuple[Ended, Stop | None]:
         """Goes on with a prepared call from `pc` until a hook stops it or it ends; why it stopped, if not by a hook."""
         self._now = _Run(home=self.plan.landing)
+        if self.mmu:
+            self.mmu.begin()
         ended = self.cpu.run(pc, self.plan.landing, timeout)
         if self._now.stop or ended.end is End.STOPPED or ended.pc == self.plan.landing:
             return ended, self._now.stop

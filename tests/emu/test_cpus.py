@@ -93,6 +93,19 @@ def test_tlb_maintenance_reaches_the_other_cpu_if_it_is_broadcast(tlbi: int, see
     assert loads() == (22 if seen else 11)
 
 
+def test_a_prepared_call_goes_on_with_the_registers_of_now() -> None:
+    """On our MMU, which keeps what it has read of them: between two runs Python gives a table that is empty."""
+    machine = Machine.bare(mmu="model")
+    (load,) = code(machine, LOAD)
+    empty = machine.plan.ram[0] + 0x20_0000
+    machine.memory.words(empty, 512)[:] = 0
+    assert machine.proceed(machine.prepare(load, machine.plan.user_data))[1] is None
+    machine.set_register("TTBR0_EL1", empty)
+    stop = machine.proceed(machine.prepare(load, machine.plan.user_data))[1]
+    assert stop
+    assert stop.kind == "fault"
+
+
 def test_cold_cpus_have_stacks_and_tasks_of_their_own(machine: Machine) -> None:
     cpus = [machine, *more_cpus(machine, MOST_COLD)]
     va = machine.plan.linear + 0x200_0000

@@ -192,6 +192,36 @@ def test_booted_kernels_lose_updates_and_contradict_aliases(kernel: str) -> None
     assert SCENARIOS["kfence-softirq"].race(booted(kernel).machine()).explore(1).findings == ()
 
 
+OF_16K: list[tuple[str, dict[str, str], set[str]]] = [
+    ("lost-update", {}, {"lost-update"}),
+    ("disjoint-pages", {}, set()),
+    ("kfence-softirq", {}, set()),
+    ("freed-table", {"lock": "none"}, {"freed-table", "stop", "warning"}),
+    ("freed-table", {"lock": "read"}, {"freed-table", "stop"}),
+    ("freed-table", {"lock": "write"}, set()),
+    ("split-walk", {"how": "break"}, {"hole", "fault"}),
+    ("split-walk", {"how": "direct", "bbm": "1"}, {"bbm"}),
+    ("split-walk", {"how": "direct", "bbm": "2"}, set()),
+    ("split-walk", {"how": "kernel", "bbm": "2"}, {"bbm"}),
+    ("split-walk", {"how": "kernel", "bbm": "3"}, set()),
+    ("ptdump-vmalloc", {"by": "map"}, set()),
+    ("ptdump-vmalloc", {"by": "unmap"}, set()),
+    ("ptdump-vmalloc", {"by": "huge"}, set()),
+    ("bad-tlbi", {"wrong": "tlbi"}, {"bbm", "tlb"}),
+    ("bad-tlbi", {"wrong": "asid"}, {"bbm", "tlb"}),
+    ("bad-tlbi", {"wrong": "nothing"}, set()),
+    ("set-memory-bbm", {"noflush": "no"}, set()),
+    ("set-memory-bbm", {"noflush": "yes"}, {"bbm", "tlb"}),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "options", "found"), OF_16K)
+def test_races_on_16k_pages_are_those_of_7_3(name: str, options: dict[str, str], found: set[str]) -> None:
+    made = race(name, "debian:7.2-16k", **options)
+    assert {finding.kind for finding in made.explore(1).findings} == found
+
+
 def test_what_is_documented_is_there() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "races.md").read_text()
     for name in SCENARIOS:
