@@ -36,7 +36,7 @@ from pgtable.params import WalkParams
 from pgtable.registers import SCTLR_EL1
 
 if TYPE_CHECKING:
-    from emu.machine import _Budget
+    from emu.calls import Budget
     from emu.snapshot import Snapshot
 
 SLOT = 0x80  # bytes of an exception vector
@@ -224,12 +224,12 @@ class WarmMachine(Machine):
 
     def _interrupt(self, number: int) -> bool:
         pc = self.cpu.read(engine.PC)
-        if number == engine.UNDEFINED and self._word(pc) & ICC_SGI1R_MASK == ICC_SGI1R & ICC_SGI1R_MASK:
+        if number == engine.UNDEFINED and self.instruction(pc) & ICC_SGI1R_MASK == ICC_SGI1R & ICC_SGI1R_MASK:
             self._now.stop = self._stop("ipi", "msr icc_sgi1r_el1: a CPU would be interrupted", pc)
             return False
         return super()._interrupt(number)
 
-    def _stop_for(self, ended: Ended, budget: _Budget | None) -> Stop | None:
+    def _stop_for(self, ended: Ended, budget: Budget | None) -> Stop | None:
         if ended.end is engine.End.REACHED and ended.pc != self.plan.landing and not self._now.stop:
             return self._stop("idle", "WFI: the CPU would wait for an interrupt", ended.pc - 4)
         return super()._stop_for(ended, budget)

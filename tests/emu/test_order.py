@@ -43,7 +43,7 @@ class EveryInstruction:
             if name:
                 self.events.append(Maintenance(name, self.m.argument(rt) if rt < 31 else 0, pc))
         if _stores(word):
-            for part in touches(word, pc, self.m._register, 1):
+            for part in touches(word, pc, self.m.address_register, 1):
                 pa = self.m.translate(part.va).pa
                 if pa in self._tables:
                     self._stores.append((pa, pc))
