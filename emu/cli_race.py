@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emu.machine import Machine
     from emu.race import Finding, Race, RaceResult
     from emu.races.actors import Event
+    from emu.races.parts import Scenario
 
 
 @click.command(epilog=examples("pgtable race lost-update --kernel debian:6.12"))
@@ -51,28 +52,34 @@ def race(
     end. Exit code 1 if there is a race, also where one is expected.
     """
     from emu.races.parts import ScenarioError
-    from emu.races.scenarios import SCENARIOS
 
     if listing:
         click.echo(json.dumps(_list_json(), indent=1) if as_json else "\n".join(_list_lines()))
         return
-    if scenario is None:
-        raise CommandError(f"race: name a scenario: {', '.join(SCENARIOS)}")
-    if scenario not in SCENARIOS:
-        raise CommandError(f"race: no scenario {scenario}: there are {', '.join(SCENARIOS)}")
+    row = _scenario(scenario)
     chosen = dict(_option(text) for text in options)
-    bound = SCENARIOS[scenario].preemptions if preemptions is None else _bound(preemptions)
+    bound = row.preemptions if preemptions is None else _bound(preemptions)
     try:
         with bad_input():
-            made = SCENARIOS[scenario].race(_machine(source, snapshot, symbols), mode=mode, **chosen)
+            made = row.race(_machine(source, snapshot, symbols), mode=mode, **chosen)
         if schedule is not None:
-            count, answer = _replayed(scenario, made, schedule, as_json)
+            count, answer = _replayed(row.name, made, schedule, as_json)
         else:
-            count, answer = _searched(scenario, made, bound, walks, seed, as_json)
+            count, answer = _searched(row.name, made, bound, walks, seed, as_json)
     except (ScenarioError, ValueError) as error:
         raise CommandError(f"race: {error}") from None
     click.echo(answer)
     ctx.exit(1 if count else 0)
+
+
+def _scenario(name: str | None) -> Scenario:
+    from emu.races.scenarios import SCENARIOS
+
+    if name is None:
+        raise CommandError(f"race: name a scenario: {', '.join(SCENARIOS)}")
+    if name not in SCENARIOS:
+        raise CommandError(f"race: no scenario {name}: there are {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]
 
 
 def _replayed(scenario: str, race: Race, schedule: str, as_json: bool) -> tuple[int, str]:

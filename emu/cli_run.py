@@ -93,8 +93,6 @@ def call(
     With --kernel on cold-booted tables, with --snapshot on a kernel that has booted; there also "strings", and several
     calls with a comma between them, where `$1` is what the first returned. Exit code 1 if a call does not return.
     """
-    from emu.machine import Machine
-
     if (source is None) == (snapshot is None):
         raise CommandError("call: give --kernel KERNEL or --snapshot FILE")
     if snapshot is not None:
@@ -110,16 +108,25 @@ def call(
     assert source
     if len(arguments) > 8:
         raise CommandError(f"{len(arguments)} arguments: a call passes at most 8 in registers")
-    target = number(function) if re.fullmatch("0x[0-9a-fA-F]+", function) else function
     image = load_image(source, symbols)
+    result = _called(image, function, arguments, order=order, timeout=timeout, trace=trace)
+    text = {"schema": "pgtable.call/1", **call_json(function, result)} if as_json else None
+    click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
+    ctx.exit(1 if result.stop else 0)
+
+
+def _called(
+    image: KernelImage, function: str, arguments: tuple[str, ...], *, order: bool, timeout: float, trace: str | None
+) -> CallResult:
+    """The call on a cold machine."""
+    from emu.machine import Machine
+
+    target = number(function) if re.fullmatch("0x[0-9a-fA-F]+", function) else function
     with bad_input():
         machine = Machine.boot(image)
         values = [_argument(text, machine) for text in arguments]
     with bad_input(), traced(machine, trace):
-        result = machine.call(target, *values, timeout=timeout, record="order" if order else "changes")
-    text = {"schema": "pgtable.call/1", **call_json(function, result)} if as_json else None
-    click.echo(json.dumps(text, indent=1) if text else "\n".join(result_lines(function, result)))
-    ctx.exit(1 if result.stop else 0)
+        return machine.call(target, *values, timeout=timeout, record="order" if order else "changes")
 
 
 @contextmanager
