@@ -15,11 +15,13 @@ Sources: Arm ARM D1 (exception entry; pseudocode AArch64.TakeException), C5 (enc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from emu import engine
 from emu.engine import Cpu, Fill, SystemInstruction
 from emu.exceptions import touches
+from emu.pstate import PSTATE
 from emu.trace import Maintenance, tlbi_name
 from emu.tracing import Tap
 from pgtable import Access, AccessType, Features, Registers, Translation, Walk, translate
@@ -28,31 +30,6 @@ from pgtable.bits import Layout, bits, res0
 from pgtable.permissions import PR, PW, TO_UNPRIVILEGED
 from pgtable.registers import EC_DATA, EC_FETCH, ESR, SCTLR_EL1
 from pgtable.walk import Swap, leaf_permissions
-
-PSTATE = Layout(
-    "SPSR_EL1",
-    (
-        bits("SP", 0, doc="SP_ELx, not SP_EL0"),
-        res0(1),
-        bits("EL", 3, 2, "exception level"),
-        bits("nRW", 4, doc="AArch32"),
-        res0(5),
-        bits("DAIF", 9, 6, "masked exceptions"),
-        bits("BTYPE", 11, 10, "kind of the branch that led here"),
-        bits("SSBS", 12, doc="speculative store bypass is safe"),
-        bits("ALLINT", 13, doc="all interrupts masked"),
-        res0(19, 14),
-        bits("IL", 20, doc="illegal execution state"),
-        bits("SS", 21, doc="software step"),
-        bits("PAN", 22, doc="privileged access never"),
-        bits("UAO", 23, doc="user access override"),
-        bits("DIT", 24, doc="data independent timing"),
-        bits("TCO", 25, doc="tag checks off"),
-        res0(27, 26),
-        bits("NZCV", 31, 28, "condition flags"),
-        res0(63, 32),
-    ),
-)
 
 # System instructions (MRS, MSR, SYS): bits 31:22 say that it is one.
 _SYSTEM = Layout(
@@ -336,10 +313,7 @@ class ModelMmu:
 
     def _refused_walk(self, refused: _Refused, pc: int, regs: Registers) -> Walk:
         """The walk of the first byte in the refused page, as the instruction accesses it."""
-
-        def again(va: int, access: Access) -> Walk:
-            return self._walk(regs, va, access)
-
+        again = partial(self._walk, regs)
         if refused.type is AccessType.FETCH:
             return again(pc, Access.fetch(self._el))
         size = self._cpu.page_size
