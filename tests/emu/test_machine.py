@@ -14,9 +14,10 @@ import pytest
 from emu import snippets
 from emu.check import stub_allocator
 from emu.coldboot import BootError
-from emu.engine import Cpu, Watchdog
+from emu.engine import Cpu
 from emu.image import KernelImage, SymbolError
 from emu.machine import Machine
+from emu.watchdog import Watchdog
 from pgtable import Access, Granule, PhysicalMemory, at
 from pgtable.registers import PAR_OK
 from tests.kernels import KERNELS, MORE, kernel_image, kernel_path
