@@ -93,6 +93,15 @@ def test_tlb_maintenance_reaches_the_other_cpu_if_it_is_broadcast(tlbi: int, see
     assert loads() == (22 if seen else 11)
 
 
+def test_cpus_take_pages_from_one_pool() -> None:
+    machine = Machine.bare()
+    (other,) = more_cpus(machine)
+    given = [cpu.give_page() for cpu in (machine, other, other, machine)]
+    assert len(set(given)) == 4
+    other.take_back()
+    assert machine.give_page() == given[0]
+
+
 def test_a_prepared_call_goes_on_with_the_registers_of_now() -> None:
     """On our MMU, which keeps what it has read of them: between two runs Python gives a table that is empty."""
     machine = Machine.bare(mmu="model")
