@@ -10,6 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,7 +30,6 @@ from pgtable.regions import Descent, reader
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2Params, stage2_walk
 from pgtable.walk import Update
-import contextlib
 
 
 @dataclass(frozen=True, eq=False)
