@@ -77,7 +77,7 @@ class Field:
 
     def put(self, word: W, value: W | int) -> W:
         """`word` with this field set to `value`; raises ValueError for a value that does not fit."""
-        result: Any = word & (_U64 ^ self.mask)
+        result: Any = word & (~self.mask if isinstance(word, int) else _U64 ^ self.mask)
         for lo, width, at in self.spans:
             result = result | (self._fitting(value) >> at & ((1 << width) - 1)) << lo
         return cast(W, result)
@@ -235,6 +235,11 @@ class Layout:
         return {f.name: (f.get(old), f.get(new)) for f in reversed(self.fields) if (old ^ new) & f.mask}
 
 
+def hex_word(word: int, width: int = 64) -> str:
+    """A word of `width` bits in hexadecimal with its leading zeros; of fewer than 64 bits as one of 64."""
+    return f"{word:#0{2 + max(width, 64) // 4}x}"
+
+
 class View:
     """A word, or an array of words, seen through a layout: `view.AF`, `view.OA`."""
 
@@ -253,5 +258,5 @@ class View:
 
     def __repr__(self) -> str:
         if isinstance(self.word, int):
-            return f"{self.layout.name}({self.word:#018x})"
+            return f"{self.layout.name}({hex_word(self.word, self.layout.width)})"
         return f"{self.layout.name}(array of {self.word.shape})"

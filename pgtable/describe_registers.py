@@ -80,6 +80,7 @@ _TITLES = {
     **{"TCR": "translation control", "VTCR": "translation control of stage 2", "SCTLR": "system control"},
     **{"TTBR": "translation table base", "VTTBR": "translation table base of stage 2", "MAIR": "memory attributes"},
     **{"PIR": "permission indirection", "PIRE": "permission indirection of EL0", "POR": "permission overlays"},
+    **{"S2PIR": "permission indirection of stage 2", "S2POR": "permission overlays of stage 2"},
     **{"HCR": "hypervisor configuration", "SCR": "secure configuration", "CONTEXTIDR": "context ID"},
     **{"VSTCR": "translation control of Secure stage 2", "VSTTBR": "translation table base of Secure stage 2"},
     **{"S2PIR": "permission indirection of stage 2", "S2POR": "permission overlays of stage 2"},

@@ -26,14 +26,15 @@ class FaultType(Enum):
     UNSUPPORTED_UPDATE = "unsupported atomic hardware update"
 
 
-# Fault status code of level 0 (levels add to it) and of level -1; None: the fault has no level -1 form.
-_CODES: dict[FaultType, tuple[int, int | None]] = {
-    FaultType.ADDRESS_SIZE: (0x00, 0x29),
-    FaultType.TRANSLATION: (0x04, 0x2B),
-    FaultType.ACCESS_FLAG: (0x08, None),
-    FaultType.PERMISSION: (0x0C, None),
-    FaultType.EXTERNAL_ON_WALK: (0x14, 0x13),
+# Fault status code of level 0 (levels add to it), and of the levels below it: -1, and -2 (FEAT_D128).
+_CODES: dict[FaultType, tuple[int, dict[int, int]]] = {
+    FaultType.ADDRESS_SIZE: (0x00, {-1: 0x29, -2: 0x2C}),
+    FaultType.TRANSLATION: (0x04, {-1: 0x2B, -2: 0x2A}),
+    FaultType.ACCESS_FLAG: (0x08, {}),
+    FaultType.PERMISSION: (0x0C, {}),
+    FaultType.EXTERNAL_ON_WALK: (0x14, {-1: 0x13, -2: 0x12}),
 }
+ASSURED_ONLY, TOP_LEVEL = "AssuredOnly", "TopLevel"  # causes of stage 2's permission faults
 _WITHOUT_LEVEL = {FaultType.ALIGNMENT: 0x21, FaultType.TLB_CONFLICT: 0x30, FaultType.UNSUPPORTED_UPDATE: 0x31}
 
 
@@ -41,12 +42,12 @@ def fault_code(type: FaultType, level: int) -> int:
     """The xFSC of a fault (pseudocode EncodeLDFSC); raises ValueError for a level that the fault cannot have."""
     if type in _WITHOUT_LEVEL:
         return _WITHOUT_LEVEL[type]
-    base, minus_one = _CODES[type]
+    base, below = _CODES[type]
     if 0 <= level <= LAST_LEVEL:
         return base | level
-    if minus_one is None or level != -1:
+    if level not in below:
         raise ValueError(f"a {type.value} fault cannot be at level {level}")
-    return minus_one
+    return below[level]
 
 
 class Fault(NamedTuple):
@@ -55,6 +56,7 @@ class Fault(NamedTuple):
     `level`: the lookup level reported. `stage`: 1 or 2; `s1ptw`: the stage 2 fault was on a stage 1 table access.
     `write`: for a permission fault, a write was refused. `dirty_bit`, `overlay`: what refused it, as in ESR_ELx.ISS2.
     `cause`: what decided, in one word: the descriptor, the register field or the check ("OA", "EPD", "range" ...).
+    Stage 2's "AssuredOnly" and "TopLevel" (FEAT_THE) are in the syndrome too.
     """
 
     type: FaultType
@@ -85,6 +87,8 @@ class Fault(NamedTuple):
             DirtyBit=int(self.dirty_bit and not fetch),
             Overlay=int(self.overlay),
             GCS=int(access.is_gcs),
+            AssuredOnly=int(self.cause == ASSURED_ONLY),
+            SSE=int(self.cause == TOP_LEVEL),  # the bit is TopLevel with ISV = 0
         )
 
     def _wnr(self, access: Access) -> bool:
@@ -103,6 +107,8 @@ class Fault(NamedTuple):
             RES1_11=1,
             Overlay=int(self.overlay),
             DirtyBit=int(self.dirty_bit),
+            AssuredOnly=int(self.cause == ASSURED_ONLY),
+            TopLevel=int(self.cause == TOP_LEVEL),
         )
 
     def __str__(self) -> str:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 class Features:
     """What a CPU implements, and its choices where the architecture leaves one.
 
-    `hafdbs`: 0 none, 1 access flag, 2 also dirty state. `pan`: 0 none, 3 with EPAN. `bbm`: 0..2.
-    `txsz_faults`: TxSZ out of range faults (else it is clamped). `contiguous_output`: output address bits inside a
-    contiguous run come from the VA (a run whose entries are programmed as they must be gives the same PA).
-    `contiguous_faults`, `nt_faults`: a run larger than the input range, or nT = 1, gives a translation fault.
-    `at_updates`: AT instructions set AF.
+    `pa_bits`: 32 to 52, or 56 (FEAT_D128; 64-bit descriptors stop at 52). `hafdbs`: 0 none, 1 access flag, 2 also dirty
+    state. `pan`: 0 none, 3 with EPAN. `bbm`: 0..2. `txsz_faults`: TxSZ out of range faults (else it is clamped).
+    `contiguous_output`: output address bits inside a contiguous run come from the VA (a run whose entries are
+    programmed as they must be gives the same PA). `contiguous_faults`, `nt_faults`: a run larger than the input range,
+    or nT = 1, gives a translation fault. `at_updates`: AT instructions set AF.
+
+    `d128`: 128-bit descriptors; `lva3`: 56-bit VAs with them; `the`: stage 2's TopLevel checks, for them; `mec`: memory
+    encryption contexts, likewise. No CPU below has any of the four (docs/d128.md): they are not judged.
     """
 
     name: str = "max"
@@ -36,6 +39,10 @@ class Features:
     s2poe: bool = True
     aie: bool = True
     haft: bool = True
+    d128: bool = False
+    lva3: bool = False
+    the: bool = False
+    mec: bool = False
     txsz_faults: bool = True
     contiguous_output: bool = False
     contiguous_faults: bool = False

@@ -119,7 +119,7 @@ _NONE = np.zeros(0, np.uint64)
 class PhysicalMemory:
     """RAM at the given (base, size) pairs, zero-filled. Zero-copy shared with numpy and Unicorn.
 
-    Raises ValueError for a region that is not page-aligned, is empty, overlaps another or lies above 2^52.
+    Raises ValueError for a region that is not page-aligned, is empty, overlaps another or lies above 2^56.
     """
 
     def __init__(self, *regions: tuple[int, int]) -> None:
@@ -167,8 +167,8 @@ class PhysicalMemory:
     def _check(self, base: int, size: int) -> None:
         if base % PAGE or size % PAGE or size <= 0:
             raise ValueError(f"RAM at {base:#x}, {size:#x} bytes: both must be multiples of {PAGE:#x}")
-        if base < 0 or base + size > 1 << 52:
-            raise ValueError(f"RAM at {base:#x}, {size:#x} bytes: physical addresses end at 2^52")
+        if base < 0 or base + size > 1 << 56:
+            raise ValueError(f"RAM at {base:#x}, {size:#x} bytes: physical addresses end at 2^56")
         for region in self.regions:
             if base < region.base + region.size and region.base < base + size:
                 raise ValueError(f"RAM at {base:#x}, {size:#x} bytes overlaps the region at {region.base:#x}")

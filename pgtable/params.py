@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from pgtable.bits import Layout, View, W
 from pgtable.descriptors import AP_READ_ONLY, LAST_LEVEL, Format, Granule
@@ -41,6 +41,7 @@ from pgtable.registers import (
 )
 from pgtable.table_params import TableParams
 
+ONLY_D128 = "128-bit descriptors are for translate and pgtable.walk128 only"
 RANGE_BIT = 1 << 55  # of a VA: which half of the VA space it is in (pseudocode GetVARange)
 
 
@@ -106,12 +107,16 @@ class WalkParams(TableParams):
     rules: Rules
     overlays: RuleTable | None
 
+    d128: ClassVar[bool] = False  # the descriptors have 128 bits
+
     @classmethod
     def of(cls, regs: Registers, regime: Regime, va: int) -> WalkParams:
         """The parameters for the half of `regime` that `va` is in (bit 55); kept with `regs`."""
         upper = bool(va & RANGE_BIT) and regime.has_el0
         params = regs._params.get((regime, upper))
         if params is None:
+            if d128_on(regs, regime):
+                raise ValueError(f"{'TCR' if regime is Regime.EL3 else 'TCR2'}_EL{regime.el}.D128 is 1: {ONLY_D128}")
             params = regs._params[regime, upper] = _read(regs, regime, upper)
         return params
 
@@ -268,7 +273,7 @@ def _txsz(txsz: int, granule: Granule, ds: bool, f: Features) -> tuple[int, bool
 
 def output_bits(field: int, granule: Granule, f: Features) -> int:
     """Output address size in bits (pseudocode PhysicalAddressSize)."""
-    limit = f.pa_bits if granule is Granule.K64 or f.lpa2 else min(48, f.pa_bits)
+    limit = min(52 if granule is Granule.K64 or f.lpa2 else 48, f.pa_bits)
     return min(PA_BITS[field], limit)
 
 
@@ -278,6 +283,11 @@ def _second(regs: Registers, regime: Regime) -> View:
         return TCR_EL3.view(regs.TCR_EL3)
     on = regs.features.tcr2 and SCR_EL3["TCR2En"].get(regs.SCR_EL3)
     return TCR2.view(regs[f"TCR2_EL{regime.el}"] if on else 0)
+
+
+def d128_on(regs: Registers, regime: Regime) -> bool:
+    """The regime has 128-bit descriptors (pseudocode S1TTWParamsEL10, EL20 and EL3; EL2 alone never): pgtable.d128."""
+    return bool(regs.features.d128 and regime is not Regime.EL2 and _second(regs, regime).D128)
 
 
 def _overlaid(regs: Registers, regime: Regime, second: View) -> int:
@@ -335,8 +345,9 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         return int(getattr(tcr, f"{field}{int(upper)}" if has_el0 else field))
 
     granule = granule_of(int(tcr.TG1 if upper else tcr.TG0), upper, f)
-    ds = bool(f.lpa2 and granule is not Granule.K64 and tcr.DS)
-    pie, aie = bool(f.pie and second.PIE), bool(f.aie and second.AIE)
+    d128 = d128_on(regs, regime)
+    ds = bool(not d128 and f.lpa2 and granule is not Granule.K64 and tcr.DS)
+    pie, aie = d128 or bool(f.pie and second.PIE), bool(f.aie and second.AIE)
     overlay_levels = _overlaid(regs, regime, second)
     overlays = _overlays(regs, regime, overlay_levels)
     epan = bool(f.pan >= 3 and has_el0 and sctlr.EPAN)
@@ -347,11 +358,11 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         regime=regime,
         upper=upper,
         features=f,
-        fmt=Format(granule, ds, has_el0, pie, poe=overlays is not None, aie=aie, lpa=f.pa_bits == 52),
+        fmt=Format(granule, ds, has_el0, pie, poe=overlays is not None, aie=aie, lpa=f.pa_bits >= 52),
         txsz=txsz,
         txsz_ok=txsz_ok,
         ps_bits=output_bits(ps, granule, f),
-        wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[ps] == 52),
+        wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits >= 52 and PA_BITS[ps] == 52),
         ttbr=regs[f"TTBR{int(upper)}_EL{el}"],
         mmu_on=bool(sctlr.M) and not (regime is Regime.EL10 and (hcr.DC or hcr.TGE)),
         tbi=bool(half("TBI")),

@@ -153,9 +153,9 @@ BY_POR = tuple(
 
 @cache
 def overlay_rules(por: int | None, por_el0: int | None) -> RuleTable:
-    """The overlay by POIndex (0..7); None: no overlay at that level, which grants everything."""
+    """The overlay by POIndex (0..7; 0..15 in 128-bit descriptors); None: no overlay at that level, it grants all."""
     rows = []
-    for field in list(reversed(NIBBLES.fields))[:8]:
+    for field in reversed(NIBBLES.fields):
         privileged = PRIVILEGED if por is None else BY_POR[field.get(por)]
         unprivileged = UNPRIVILEGED if por_el0 is None else _as_unprivileged(BY_POR[field.get(por_el0)])
         rows.append(privileged | unprivileged)

@@ -47,6 +47,7 @@ __all__ = [
     "VSTCR_EL2",
     "VTCR_EL2",
     "VTTBR_EL2",
+    "WIDE",
     "Registers",
 ]
 
@@ -272,7 +273,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("TTBR0_EL1", "TTBR1_EL1", "TTBR0_EL2", "TTBR1_EL2", "TTBR0_EL3"), TTBR),
     **dict.fromkeys(("MAIR_EL1", "MAIR_EL2", "MAIR_EL3", "MAIR2_EL1", "MAIR2_EL2", "MAIR2_EL3"), MAIR),
     **dict.fromkeys(("PIR_EL1", "PIR_EL2", "PIR_EL3", "PIRE0_EL1", "PIRE0_EL2"), NIBBLES),
-    **dict.fromkeys(("POR_EL0", "POR_EL1", "POR_EL2", "POR_EL3"), NIBBLES),
+    **dict.fromkeys(("POR_EL0", "POR_EL1", "POR_EL2", "POR_EL3", "S2PIR_EL2", "S2POR_EL1"), NIBBLES),
 }
 
 # What can be given to `Registers`, with its value when it is not (0 for the rest). PAN, UAO and EL0_POE are no
@@ -285,19 +286,20 @@ NAMES: dict[str, int] = {
     **dict.fromkeys(("PIR_EL1", "PIR_EL2", "PIR_EL3", "PIRE0_EL1", "PIRE0_EL2"), 0),
     **dict.fromkeys(("POR_EL0", "POR_EL1", "POR_EL2", "POR_EL3"), 0),
     **dict.fromkeys(("HCR_EL2", "SCR_EL3", "VTCR_EL2", "VTTBR_EL2", "CONTEXTIDR_EL1"), 0),
-    **dict.fromkeys(("VSTCR_EL2", "VSTTBR_EL2", "S2PIR_EL2", "S2POR_EL1"), 0),
+    **dict.fromkeys(("VSTCR_EL2", "VSTTBR_EL2", "S2PIR_EL2", "S2POR_EL1", "SCTLR2_EL2"), 0),
     **dict.fromkeys(("PAN", "UAO"), 0),
 }
 NAMES["HCR_EL2"] = 1 << 31  # RW: EL1 is AArch64
 NAMES["SCR_EL3"] = 0x501 | 1 << 43  # RW, HCE, NS; TCR2En
+
+WIDE = frozenset({"TTBR0_EL1", "TTBR1_EL1", "TTBR0_EL2", "TTBR1_EL2", "VTTBR_EL2"})  # 128 bits with FEAT_D128
 
 
 class Registers:
     """Values of system registers; one that is not given has its value in `NAMES`. Immutable and hashable.
 
     `Registers(TTBR1_EL1=0x4000_0000, TCR_EL1=...)`; `features` is the CPU that has them (default: all).
-    Raises ValueError for an unknown name or a value that is not
-    64 bits.
+    Raises ValueError for an unknown name or a value that is not 64 bits; with FEAT_D128 those in `WIDE` have 128.
     """
 
     __slots__ = ("_features", "_hash", "_params", "_values")
@@ -306,8 +308,9 @@ class Registers:
         for name, value in values.items():
             if name not in NAMES:
                 raise ValueError(f"register {name} is not one that a translation reads ({', '.join(sorted(NAMES))})")
-            if not isinstance(value, int) or not 0 <= value < 1 << 64:
-                raise ValueError(f"{name}={value!r}: must be an integer of 64 bits")
+            width = 128 if name in WIDE and features and features.d128 else 64
+            if not isinstance(value, int) or not 0 <= value < 1 << width:
+                raise ValueError(f"{name}={value!r}: must be an integer of {width} bits")
         self._values = {**NAMES, **values}
         self._features = features or CPUS["max"]
         self._hash = hash((self.features, *self._values.values()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pgtable.access import Access
 from pgtable.combine import says_device
@@ -21,7 +21,7 @@ from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
 from pgtable.faults import Fault, FaultType
 from pgtable.features import Features
 from pgtable.memory import NoMemory
-from pgtable.params import Regime, granule_of, most_txsz, output_bits, stage2_on
+from pgtable.params import ONLY_D128, Regime, granule_of, most_txsz, output_bits, stage2_on
 from pgtable.registers import (
     HCR_EL2,
     PA_BITS,
@@ -96,11 +96,15 @@ class Stage2Params(TableParams):
     upper: bool = False
     secure: bool = False
 
+    d128: ClassVar[bool] = False  # the descriptors have 128 bits
+
     @classmethod
     def of(cls, regs: Registers, *, ns: bool = False) -> Stage2Params:
         """The parameters that the registers give; kept with `regs`. `ns`: Secure state's Non-secure IPA space."""
         known: Stage2Params | None = regs._params.get(("stage 2", ns))
         if known is None:
+            if vtcr_d128(regs):
+                raise ValueError(f"VTCR_EL2.D128 is 1: {ONLY_D128}")
             known = regs._params["stage 2", ns] = cls._read(regs, ns)
         return known
 
@@ -112,12 +116,12 @@ class Stage2Params(TableParams):
         granule = granule_of(int(own.TG0), False, f)
         ds = bool(f.lpa2 and granule is not Granule.K64 and vtcr.DS)
         sl = int(own.SL0) | (4 if ds and granule is Granule.K4 and own.SL2 else 0)
-        limit = f.pa_bits if granule is Granule.K64 or ds else min(48, f.pa_bits)
+        limit = min(52 if granule is Granule.K64 or ds else 48, f.pa_bits)
         t0sz = int(own.T0SZ)
         vmid = VTTBR_EL2["VMID"].get(regs.VTTBR_EL2)
         pie = bool(f.s2pie and vtcr.S2PIE)
         poe = bool(f.s2poe and pie and vtcr.S2POE)
-        fmt = Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits == 52, pie=pie, poe=poe)
+        fmt = Format(granule, ds, stage2=True, fwb=bool(hcr.FWB), lpa=f.pa_bits >= 52, pie=pie, poe=poe)
         return cls(
             features=f,
             fmt=fmt,
@@ -127,7 +131,7 @@ class Stage2Params(TableParams):
             sl_ok=sl in _START[granule] and f.pa_bits >= _LEAST_PA[granule].get(sl, 0) and _allowed(granule, sl, ds, f),
             txsz_ok=64 - limit <= t0sz <= most_txsz(granule, f),
             ps_bits=output_bits(int(vtcr.PS), granule, f),
-            wide=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[int(vtcr.PS)] == 52),
+            wide=ds or (granule is Granule.K64 and f.pa_bits >= 52 and PA_BITS[int(vtcr.PS)] == 52),
             vttbr=regs.VSTTBR_EL2 if secure and not ns else regs.VTTBR_EL2,
             vmid=vmid if vtcr.VS else vmid & 0xFF,
             ha=bool(f.hafdbs and vtcr.HA),
@@ -201,6 +205,11 @@ def _leaves_secure(regs: Registers, ns: bool) -> bool:
     """In Secure state: the output of an IPA space is Non-secure (pseudocode SS2OutputPASpace)."""
     vstcr, vtcr = VSTCR_EL2.view(regs.VSTCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
     return bool(vstcr.SW or vstcr.SA or (ns and (vtcr.NSW or vtcr.NSA)))
+
+
+def vtcr_d128(regs: Registers) -> bool:
+    """Stage 2 has 128-bit descriptors: pgtable.d128."""
+    return bool(regs.features.d128 and VTCR_EL2["D128"].get(regs.VTCR_EL2))
 
 
 def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:

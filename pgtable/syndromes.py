@@ -80,6 +80,11 @@ def _fsc() -> dict[int, str]:
             codes[0x08 | level] = f"access flag fault, level {level}"
             codes[0x0C | level] = f"permission fault, level {level}"
     return codes | {
+        0x2C: "address size fault, level -2",
+        0x2A: "translation fault, level -2",
+        0x12: "external abort on the walk, level -2",
+        0x1A: "parity or ECC error on the walk, level -2",
+        0x22: "granule protection fault on the walk, level -2",
         0x10: "external abort, not on a walk",
         0x11: "tag check fault",
         0x18: "parity or ECC error, not on a walk",

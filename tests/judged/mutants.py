@@ -183,7 +183,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "TTBR[5:2] are address bits with 52-bit addresses",
         "S1TTBaseAddress",
         _read(
-            ("wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits == 52 and PA_BITS[ps] == 52)", "wide_ttbr=False")
+            ("wide_ttbr=ds or (granule is Granule.K64 and f.pa_bits >= 52 and PA_BITS[ps] == 52)", "wide_ttbr=False")
         ),
     ),
     _mutant(

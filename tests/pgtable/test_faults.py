@@ -13,18 +13,18 @@ from pgtable.faults import fault_code
 from tests.pgtable.hand import Words, leaf, tcr2, tree
 
 T = FaultType
-# Levels -1, 0, 1, 2, 3; a dash where there is no such fault.
+# Levels -2 (FEAT_D128), -1, 0, 1, 2, 3; a dash where there is no such fault.
 ROWS = {
-    T.ADDRESS_SIZE: "101001 000000 000001 000010 000011",
-    T.TRANSLATION: "101011 000100 000101 000110 000111",
-    T.ACCESS_FLAG: "- 001000 001001 001010 001011",
-    T.PERMISSION: "- 001100 001101 001110 001111",
-    T.EXTERNAL_ON_WALK: "010011 010100 010101 010110 010111",
-    T.ALIGNMENT: "100001 100001 100001 100001 100001",
-    T.TLB_CONFLICT: "110000 110000 110000 110000 110000",
-    T.UNSUPPORTED_UPDATE: "110001 110001 110001 110001 110001",
+    T.ADDRESS_SIZE: "101100 101001 000000 000001 000010 000011",
+    T.TRANSLATION: "101010 101011 000100 000101 000110 000111",
+    T.ACCESS_FLAG: "- - 001000 001001 001010 001011",
+    T.PERMISSION: "- - 001100 001101 001110 001111",
+    T.EXTERNAL_ON_WALK: "010010 010011 010100 010101 010110 010111",
+    T.ALIGNMENT: "100001 100001 100001 100001 100001 100001",
+    T.TLB_CONFLICT: "110000 110000 110000 110000 110000 110000",
+    T.UNSUPPORTED_UPDATE: "110001 110001 110001 110001 110001 110001",
 }
-CODES = {(t, n - 1): int(c, 2) for t, row in ROWS.items() for n, c in enumerate(row.split()) if c != "-"}
+CODES = {(t, n - 2): int(c, 2) for t, row in ROWS.items() for n, c in enumerate(row.split()) if c != "-"}
 
 
 def test_fault_status_codes_are_those_of_the_table() -> None:
@@ -47,7 +47,7 @@ def test_a_fault_that_needs_a_leaf_cannot_be_at_level_minus_one(type: FaultType)
 
 
 @pytest.mark.parametrize("type", [T.ADDRESS_SIZE, T.TRANSLATION, T.ACCESS_FLAG, T.PERMISSION, T.EXTERNAL_ON_WALK])
-@pytest.mark.parametrize("level", [-2, 4])
+@pytest.mark.parametrize("level", [-3, 4])
 def test_there_are_no_other_levels(type: FaultType, level: int) -> None:
     with pytest.raises(ValueError, match=f"{type.value} fault cannot be at level {level}$"):
         fault_code(type, level)

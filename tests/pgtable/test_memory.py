@@ -31,9 +31,9 @@ def two() -> PhysicalMemory:
         (BASE, PAGE + 8, r"^RAM at 0x40000000, 0x1008 bytes: both must be multiples of 0x1000$"),
         (BASE, 0, r"^RAM at 0x40000000, 0x0 bytes: both must be multiples"),
         (BASE, -PAGE, r"^RAM at 0x40000000, -0x1000 bytes: both must be multiples"),
-        (-PAGE, PAGE, r"^RAM at -0x1000, 0x1000 bytes: physical addresses end at 2\^52$"),
-        ((1 << 52) - PAGE, 2 * PAGE, r"physical addresses end at 2\^52$"),
-        (1 << 52, PAGE, r"physical addresses end at 2\^52$"),
+        (-PAGE, PAGE, r"^RAM at -0x1000, 0x1000 bytes: physical addresses end at 2\^56$"),
+        ((1 << 56) - PAGE, 2 * PAGE, r"physical addresses end at 2\^56$"),
+        (1 << 56, PAGE, r"physical addresses end at 2\^56$"),
     ],
 )
 def test_a_region_that_cannot_be_is_refused(base: int, size: int, message: str) -> None:
@@ -69,10 +69,10 @@ def test_buffers_are_page_aligned_for_an_engine_that_shares_them(two: PhysicalMe
 
 
 def test_the_top_of_the_address_space_is_usable() -> None:
-    memory = PhysicalMemory(((1 << 52) - PAGE, PAGE))
-    memory.store((1 << 52) - 8, 7)
-    assert memory.fetch((1 << 52) - 8) == 7
-    words, there = memory.gather(np.array([(1 << 52) - 8, 1 << 52, 0], np.uint64))
+    memory = PhysicalMemory(((1 << 56) - PAGE, PAGE))
+    memory.store((1 << 56) - 8, 7)
+    assert memory.fetch((1 << 56) - 8) == 7
+    words, there = memory.gather(np.array([(1 << 56) - 8, 1 << 56, 0], np.uint64))
     assert words.tolist() == [7, 0, 0]
     assert there.tolist() == [True, False, False]
 

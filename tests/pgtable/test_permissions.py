@@ -213,7 +213,7 @@ def test_a_level_without_overlays_keeps_everything() -> None:
     assert overlay_rules(None, 0).at(3) & ~(PG | UG) == PR | PW | PX
     assert overlay_rules(0, None).at(3) & ~(PG | UG) == UR | UW | UX
     assert overlay_rules(0, 0).at(3) == PG | UG, "overlays say nothing of guarded control stacks"
-    assert len(overlay_rules(0, 0).rows) == 8, "POIndex has three bits"
+    assert len(overlay_rules(0, 0).rows) == 16, "POIndex has three bits, in 128-bit descriptors four"
 
 
 def combined(base: set[str], overlay: set[str], *, wxn: bool, applies: bool) -> tuple[set[str], set[str]]:
