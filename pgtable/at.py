@@ -13,10 +13,12 @@ from pgtable.faults import Fault, FaultType
 from pgtable.memory import Memory
 from pgtable.mmu import made, translate, translate_many
 from pgtable.nested import translate_nested
+from pgtable.nested128 import NestedWalk128
 from pgtable.nested_many import nested_many
 from pgtable.params import Regime, stage2_on
 from pgtable.registers import HCR_EL2, Registers
 from pgtable.walk import Swap, Walk
+from pgtable.walk128 import Walk128
 
 _R, _W, _A = AccessType.AT_READ, AccessType.AT_WRITE, AccessType.AT_ANY
 
@@ -107,11 +109,9 @@ def at_many(memory: Memory, regs: Registers, operation: str, vas: npt.ArrayLike,
 
 def par_of_walk(walk: Walk) -> int:
     """PAR_EL1 after the AT instruction that made `walk`; raises ExternalAbort as `at`."""
-    if isinstance(walk.result, Fault):
-        if walk.result.type is FaultType.EXTERNAL_ON_WALK:
-            raise ExternalAbort(walk, external_abort(walk))
-        return walk.result.par()
-    return walk.result.par()
+    if isinstance(walk.result, Fault) and walk.result.type is FaultType.EXTERNAL_ON_WALK:
+        raise ExternalAbort(walk, external_abort(walk))
+    return walk.par() if isinstance(walk, Walk128 | NestedWalk128) else walk.result.par()
 
 
 def external_abort(walk: Walk) -> int:

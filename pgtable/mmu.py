@@ -16,10 +16,14 @@ from pgtable.access import Access
 from pgtable.bulk import Many, stage1_many
 from pgtable.memory import Memory, PhysicalMemory
 from pgtable.nested import translate_nested
+from pgtable.nested128 import NestedWalk128
 from pgtable.nested_many import nested_many
-from pgtable.params import Regime, WalkParams, stage2_on
+from pgtable.params import Regime, d128_on, stage2_on
+from pgtable.params128 import WalkParams128, stage1_params
 from pgtable.registers import HCR_EL2, Registers
+from pgtable.stage2 import vtcr_d128
 from pgtable.walk import Swap, Walk, walk
+from pgtable.walk128 import Walk128, fetch16, walk128
 
 
 def translate(
@@ -33,7 +37,8 @@ def translate(
 ) -> Walk:
     """What `access` (default: an EL1 read) to `va` does: a Walk, whose result is a Translation or a Fault.
 
-    With stage 2 on (HCR_EL2.VM or DC), EL1&0's is a NestedWalk.
+    With stage 2 on (HCR_EL2.VM or DC), EL1&0's is a NestedWalk. With 128-bit descriptors (FEAT_D128) it is a Walk128 or
+    a NestedWalk128: those are not judged.
 
     `swap(pa, old, new)` makes hardware updates (access flag, dirty state), the words as memory holds them, and says
     whether the word was still `old`; without it they are only listed in `updates`. Source: pseudocode
@@ -46,12 +51,36 @@ def translate(
         key = access.el, va >> 55 & 1
         params = regs._params.get(key)
         if params is None:
-            params = regs._params[key] = WalkParams.of(regs, regime_of(regs, access.el), va)
+            params = regs._params[key] = stage1_params(regs, regime_of(regs, access.el), va)
     else:
-        params = WalkParams.of(regs, regime, va)
+        params = stage1_params(regs, regime, va)
     if params.through_stage2:
         return translate_nested(memory, regs, va, access, swap=swap)
+    if isinstance(params, WalkParams128):
+        return walk128(fetch16(memory), params, va, access, swap)
     return walk(memory.fetch, params, va, access, swap)
+
+
+def translate128(
+    memory: Memory,
+    regs: Registers,
+    va: int,
+    access: Access | None = None,
+    *,
+    regime: Regime | None = None,
+    swap: Swap | None = None,
+) -> Walk128 | NestedWalk128:
+    """`translate` where it goes through 128-bit descriptors; not judged. Raises ValueError where it does not.
+
+    The result is a Translation or a Fault; `swap` gets words of 128 bits.
+    """
+    chosen = regime or regime_of(regs, (access or _READ).el)
+    both = chosen is Regime.EL10 and stage2_on(regs)
+    if not (d128_on(regs, chosen) or (both and vtcr_d128(regs))):
+        raise ValueError(f"{chosen.value}: 128-bit descriptors are off (D128), or the CPU has no FEAT_D128")
+    found = translate(memory, regs, va, access, regime=regime, swap=swap)
+    assert isinstance(found, Walk128 | NestedWalk128)
+    return found
 
 
 _READ = Access()
@@ -68,9 +97,9 @@ def translate_many(
 ) -> Many:
     """What `access` (default: an EL1 read) to each of `vas` (integers of 64 bits, any shape) does.
 
-    With stage 2 on, EL1&0's is a NestedMany. RAM is taken to come in whole 4 KiB pages. `swap` makes the hardware
-    updates, which are else only listed; it needs a PhysicalMemory. Raises ValueError for VAs that are not unsigned
-    64-bit integers.
+    128-bit descriptors do not fit into its arrays: ValueError. With stage 2 on, EL1&0's is a NestedMany. RAM is taken
+    to come in whole 4 KiB pages. `swap` makes the hardware updates, which are else only listed; it needs a
+    PhysicalMemory. Raises ValueError for VAs that are not unsigned 64-bit integers.
     """
     access = access or Access()
     regime = regime or regime_of(regs, access.el)
@@ -107,7 +136,7 @@ def branch_target(regs: Registers, va: int, el: int) -> int:
 
     Source: pseudocode AArch64.BranchAddr. Fetch faults report this address in FAR_ELx.
     """
-    p = WalkParams.of(regs, regime_of(regs, el), va)
+    p = stage1_params(regs, regime_of(regs, el), va)
     if not p.tbi or p.tbid:
         return va
     low = va & TAG_BYTE - 1

@@ -121,6 +121,11 @@ def translate_nested(
     if va >> 64:
         raise ValueError(f"VA {va:#x}: must be 64 bits")
     access = access or Access()
+    if regs.features.d128:
+        from pgtable.nested128 import nested_d128, translate_nested128  # it is made of this module
+
+        if nested_d128(regs):
+            return translate_nested128(memory, regs, va, access, swap=swap, stage1_only=stage1_only)
     through = _Through(memory, regs, va, swap)
     first = through.walk(va, access)
     p2 = Stage2Params.of(regs, ns=through.secure and isinstance(first.result, Translation) and first.result.ns)

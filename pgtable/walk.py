@@ -31,6 +31,7 @@ from pgtable.memory import NoMemory
 from pgtable.params import WalkParams
 from pgtable.permissions import ALL, PR, PW, TO_UNPRIVILEGED, with_overlay
 from pgtable.registers import PAR_OK
+from pgtable.table_params import TableParams
 
 Fetch = Callable[[int], int]
 Swap = Callable[[int, int, int], bool]
@@ -85,13 +86,12 @@ class Translation(NamedTuple):
 
     @property
     def guarded(self) -> bool:
-        """A guarded page: branches into it must land on BTI (FEAT_BTI). The bit is the same in every format."""
+        """A guarded page: branches into it must land on BTI (FEAT_BTI). The bit is the same in every 64-bit format."""
         return bool(self.word & _GP)
 
     def par(self) -> int:
         """PAR_EL1 after an AT instruction (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
-        pa = self.pa & PAR_OK["PA"].value_mask
-        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=1, PA=pa, ATTR=self.attr)
+        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=1, PA=self.pa & PAR_OK["PA"].value_mask, ATTR=self.attr)
 
 
 _GP = Format().leaf(LAST_LEVEL)["GP"].mask
@@ -283,7 +283,7 @@ def _descend(
     raise AssertionError("level 3 has no tables")
 
 
-def _early_leaf_fault(p: WalkParams, level: int, word: int) -> Fault | None:
+def _early_leaf_fault(p: TableParams, level: int, word: int) -> Fault | None:
     """What comes before the output address: a misprogrammed contiguous run, nT (both only where the CPU faults)."""
     if p.features.contiguous_faults and word & p.contiguous and p.run_too_large(level):
         return Fault(FaultType.TRANSLATION, level, cause="Contiguous")

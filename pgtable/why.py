@@ -50,6 +50,8 @@ def deciders_of(found: Walk) -> list[Decider]:
     fault = found.fault
     if fault is None:
         return []
+    if found.params.d128:  # asking again is for 64-bit words: the cause alone is named
+        return [Decider(None, None, None, fault.cause, "", fault.cause)]
     if found.params.big_endian:  # the words kept are in the CPU's order: asking again must not swap them
         params = replace(found.params, big_endian=False)
         found = Walk(found.va, found.access, params, found.raw, found.result, found.updates)
