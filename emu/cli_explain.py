@@ -28,6 +28,7 @@ COLOURS = {"head": "bold", "one": "bold", "changed": "yellow", "fault": "red", "
 @click.option("--level", type=int, help="The descriptor's level, -1 to 3 [guessed, and the reason is said].")
 @click.option("--granule", metavar="4k|16k|64k", help="Translation granule [TCR's, else 4k].")
 @click.option("--ds", is_flag=True, help="52-bit addresses with 4k and 16k: TCR.DS = 1 (LPA2).")
+@click.option("--d128", is_flag=True, help="WORD is a 128-bit descriptor (FEAT_D128); not judged.")
 @click.option("--stage", type=int, default=1, show_default=True, help="1 or 2.")
 @click.option("--fwb", is_flag=True, help="HCR_EL2.FWB = 1, for stage 2.")
 @click.option("--regime", default="EL10", show_default=True, metavar="EL10|EL20|EL2|EL3", help="Translation regime.")
@@ -74,6 +75,8 @@ class Request(NamedTuple):
         from pgtable import explain
         from pgtable.registers import NAMES
 
+        if self.options["d128"]:
+            return list(self._wide()), []
         context = {name: value for name, value in self.registers if name in NAMES and self.words}
         shared = self._shared(context)
         names = self._names()
@@ -85,6 +88,21 @@ class Request(NamedTuple):
         shared["tables"] = [*shared["tables"], *(word for word, _ in tables)]
         above = [names(explain(word, at, **shared | {"tables": []})) for word, at in tables]
         return [names(explain(last, level, **shared)), *self._registers(alone)], above
+
+    def _wide(self) -> Iterator[Explanation]:
+        """128-bit descriptors; what does not go with them is refused."""
+        from pgtable.describe128 import explain128
+
+        o = self.options
+        others = [name for name in ("ds", "mair", "tcr", "va", "tables", "kernel") if o[name]]
+        if self.oops or self.registers or others:
+            names = ", ".join(f"--{name.removesuffix('s') if name == 'tables' else name}" for name in others)
+            raise ValueError(
+                f"--d128 goes with words, --level, --granule, --stage, --fwb, --regime: not {names or 'more'}"
+            )
+        for word, _ in self.words:
+            granule = o["granule"] or "4K"
+            yield explain128(word, o["level"], granule=granule, stage=o["stage"], fwb=o["fwb"], regime=o["regime"])
 
     def _shared(self, context: dict[str, int]) -> dict[str, Any]:
         """The keyword arguments of pgtable.explain for every word."""
@@ -134,7 +152,7 @@ def read(arguments: tuple[str, ...], options: dict[str, Any]) -> Request:
         if part.startswith("["):
             options["va"] = number(part.strip("[]"), "VA")
         elif not equals:
-            words.append((number(part, "word"), None))
+            words.append((number(part, "word", width=128 if options["d128"] else 64), None))
         elif name in OOPS_LEVELS:
             oops = True
             words.append((number(value, name), OOPS_LEVELS[name]))
@@ -172,14 +190,15 @@ def _real_levels(words: list[tuple[int, int | None]], options: dict[str, Any]) -
             yield word, max(level, lowest)
 
 
-def number(text: str, what: str, *, decimal: bool = False) -> int:
-    """A value of 64 bits: 0x..., 16 hex digits as the kernel prints them, if asked decimal too. Raises ValueError."""
-    hexadecimal = re.fullmatch(r"0[xX][0-9a-fA-F]+(_[0-9a-fA-F]+)*|[0-9a-fA-F]{16}", text)
+def number(text: str, what: str, *, decimal: bool = False, width: int = 64) -> int:
+    """A value of `width` bits: 0x..., all hex digits as the kernel prints them, if asked decimal too. ValueError."""
+    digits = width // 4
+    hexadecimal = re.fullmatch(rf"0[xX][0-9a-fA-F]+(_[0-9a-fA-F]+)*|[0-9a-fA-F]{{{digits}}}", text)
     if not hexadecimal and not (decimal and re.fullmatch("[0-9]+", text)):
-        raise ValueError(f"{what} {text}: not a number (0x..., or 16 hex digits)")
+        raise ValueError(f"{what} {text}: not a number (0x..., or {digits} hex digits)")
     value = int(text, 16 if hexadecimal else 10)
-    if value >> 64:
-        raise ValueError(f"{what} {text}: has {value.bit_length()} bits, and there are 64")
+    if value >> width:
+        raise ValueError(f"{what} {text}: has {value.bit_length()} bits, and there are {width}")
     return value
 
 
@@ -233,6 +252,8 @@ def _value(one: Explanation, name: str) -> str | None:
 
 
 def _word(one: Explanation) -> dict[str, Any]:
+    from pgtable.bits import hex_word
+
     fields = [
         {
             "field": row.field.name,
@@ -245,7 +266,7 @@ def _word(one: Explanation) -> dict[str, Any]:
         for row in one.fields
     ]
     return {
-        "word": f"{one.word:#018x}",
+        "word": hex_word(one.word, one.layout.width),
         "register": one.name or None,
         "layout": one.layout.name,
         "title": one.title,

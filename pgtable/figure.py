@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pgtable.bits import Field, Layout
+from pgtable.bits import Field, Layout, hex_word
 
 if TYPE_CHECKING:
     from pgtable.describe import Explanation
@@ -128,7 +128,7 @@ def _labels(pending: list[tuple[int, str]], box: Box) -> list[str]:
 
 def text(found: Explanation, width: int = 80, box: Box = LINES, paint: Paint = plain) -> str:
     """An explanation: title, bit map, facts, fields, findings, assumptions."""
-    head = f"{found.name + ' = ' if found.name else ''}{found.word:#018x}"
+    head = f"{found.name + ' = ' if found.name else ''}{hex_word(found.word, found.layout.width)}"
     first, *rest = _hanging(head + "  ", found.title, len(head) + 2, width)
     lines = [paint("head", head) + first[len(head) :], *rest, ""]
     lines += [*bit_map(found.layout, found.word, width, box, paint), ""]
@@ -177,8 +177,11 @@ def side_by_side(found: Sequence[Explanation], width: int = 80, paint: Paint = p
     keys.sort(key=lambda key: -int(key[0].partition(",")[0].partition(":")[2] or key[0].partition(",")[0]))
     by_key = [{(row.field.bits, field_name(row.field)): row for row in one.fields} for one in found]
     widths = [max(len(key[i]) for key in keys) + 2 for i in range(2)]
-    head = " " * (2 + sum(widths)) + "  ".join(f"{one.word:#018x}" for one in found)
-    lines = [f"{chr(97 + i)}: {one.word:#018x}  {one.title}" for i, one in enumerate(found)] + ["", head]
+    head = " " * (2 + sum(widths)) + "  ".join(f"{hex_word(one.word, one.layout.width)}" for one in found)
+    lines = [f"{chr(97 + i)}: {hex_word(one.word, one.layout.width)}  {one.title}" for i, one in enumerate(found)] + [
+        "",
+        head,
+    ]
     below = []
     for key in keys:
         rows = [rows.get(key) for rows in by_key]

@@ -63,8 +63,8 @@ def test_the_examples_of_the_docs_are_what_it_prints() -> None:
 
 def test_the_docs_and_the_help_name_every_option() -> None:
     text, shown = (DOCS / "explain.md").read_text(), run("--help").stdout
-    options = set(re.findall(r"--[a-z]+", shown)) - {"--help"}
-    assert len(options) == 12
+    options = set(re.findall(r"--[a-z0-9]+", shown)) - {"--help"}
+    assert len(options) == 13
     assert {option for option in options if f"`{option}" not in text} == set()
     assert "pgtable explain ESR_EL1=0x96000047 FAR_EL1=" in shown
 
