@@ -23,7 +23,7 @@ from pgtable.params128 import Stage2Params128, WalkParams128, stage1_params, sta
 from pgtable.registers import Registers
 from pgtable.stage2 import Stage2Params, Stage2Walk, stage2_walk, vtcr_d128
 from pgtable.stage2_128 import Of, Stage2Walk128, stage2_walk128
-from pgtable.walk import Step, Swap, Translation, Update, Walk
+from pgtable.walk import RawStep, Step, Swap, Translation, Update, Walk
 from pgtable.walk128 import Changed, Run, Walk128, attempt, fetch16, par128, steps_of
 
 
@@ -62,7 +62,7 @@ def translate_nested128(
     """
     p, p2 = stage1_params(regs, Regime.EL10, va), stage2_params(regs)
     side = _Side(memory, p, p2, access, swap)
-    first = _wide(side, p, va) if isinstance(p, WalkParams128) else _Narrow(side, p).walk(va, access)
+    first = _wide(side, p, va) if isinstance(p, WalkParams128) else _Narrow(side, regs, va).walk(va, access)
     second, result = None, first.result
     if isinstance(first.result, Translation) and p2.on and not stage1_only:
         assured = side.assured and first.result.level is not None
@@ -119,11 +119,11 @@ class _Side:
 class _Narrow(_Through):
     """Stage 1 with 64-bit descriptors."""
 
-    def __init__(self, side: _Side, p: WalkParams) -> None:
-        super().__init__(side.memory, p, side.p2, side.swap)
+    def __init__(self, side: _Side, regs: Registers, va: int) -> None:
+        super().__init__(side.memory, regs, va, side.swap)
         self._side, self.tables, self.updates = side, side.tables, side.updates
 
-    def _reach(self, ipa: int, how: Access) -> int:
+    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> int:
         return self._side.reach(ipa, how, first=how is READ_TABLE and not self._raw)
 
     def _fetch(self, ipa: int) -> int:

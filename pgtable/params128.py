@@ -194,7 +194,7 @@ class Stage2Params128(Tables128, Stage2Params):
     d128: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, regs: Registers) -> Stage2Params128:
+    def of(cls, regs: Registers, *, ns: bool = False) -> Stage2Params128:
         """The parameters, kept with `regs`; ValueError if VTCR_EL2.D128 is off, and in Secure state."""
         known: Stage2Params128 | None = regs._params.get("stage 2")
         if known is None:
@@ -237,10 +237,15 @@ def most_ipa_bits(granule: Granule, ds: bool, f: Features) -> int:
 
 
 def _read_stage2(regs: Registers) -> Stage2Params128:
-    f, p, vtcr, scr = regs.features, Stage2Params._read(regs), VTCR_EL2.view(regs.VTCR_EL2), SCR_EL3.view(regs.SCR_EL3)
+    f, p, vtcr, scr = (
+        regs.features,
+        Stage2Params._read(regs, False),
+        VTCR_EL2.view(regs.VTCR_EL2),
+        SCR_EL3.view(regs.SCR_EL3),
+    )
     if p.on and not scr.NS:
         raise ValueError("VTCR_EL2.D128 is 1 in Secure state: its stage 2 (VSTTBR_EL2) is not built")
-    granule, ds, overlay = p.fmt.granule, p.fmt.ds, bool(f.poe and vtcr.S2POE)
+    granule, ds, overlay = p.fmt.granule, p.fmt.ds, bool(f.s2poe and vtcr.S2POE)
     own: dict[str, Any] = {
         "fmt": Format128(granule, ds, stage2=True, fwb=p.fwb, pie=True, poe=overlay),
         "sl_ok": True,

@@ -16,7 +16,8 @@ from pgtable.d128 import NOT_JUDGED
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import Fault, FaultType
 from pgtable.params128 import Stage2Params128
-from pgtable.stage2 import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE, Stage2, Stage2Walk, is_device
+from pgtable.stage2 import Stage2, Stage2Walk, is_device
+from pgtable.stage2_permissions import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE
 from pgtable.stage2_rules import EVERYTHING, Asked, Grant, Refusal, refused, refused_walk, top_refused
 from pgtable.walk import Swap, Update
 from pgtable.walk import _early_leaf_fault as early_leaf_fault

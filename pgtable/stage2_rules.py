@@ -18,7 +18,7 @@ from pgtable.access import Access, AccessType
 from pgtable.faults import ASSURED_ONLY, TOP_LEVEL
 from pgtable.permissions import RuleTable
 from pgtable.registers import NIBBLES
-from pgtable.stage2 import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE
+from pgtable.stage2_permissions import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE
 
 W_RCW, W_WALK, TOP0, TOP1 = 16, 32, 64, 128
 WRITES = WRITE | W_RCW | W_WALK

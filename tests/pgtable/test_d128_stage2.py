@@ -12,8 +12,8 @@ from pgtable.d128 import NOT_JUDGED
 from pgtable.mmu import translate128
 from pgtable.nested128 import NestedWalk128
 from pgtable.params128 import Stage2Params128
-from pgtable.stage2 import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE
 from pgtable.stage2_128 import Of, stage2_walk128
+from pgtable.stage2_permissions import EL0_EXECUTE, EL1_EXECUTE, READ, WRITE
 from tests.pgtable import hand
 from tests.pgtable.hand128 import (
     CPU,
