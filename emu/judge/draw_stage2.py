@@ -83,7 +83,9 @@ class Guest(Grower):
 
     def table(self, space: Space, size: int, limit: int = 52) -> int:
         """A place for a table whose IPA stage 2 can translate."""
-        return super().table(space, size, min(limit, self.limit))
+        at = super().table(space, size, min(limit, self.limit))
+        self.mem.setdefault(at, 0)  # an empty table is one too: nothing else may be put there
+        return at
 
     def table_descriptor(self, space: Space, pa: int) -> int:
         """A table descriptor that refers to the IPA of `pa`."""
@@ -97,6 +99,12 @@ class Host(Grower):
     fwb: bool = False
     bounded: Mapping[int, int] = field(default_factory=dict)
 
+    def table(self, space: Space, size: int, limit: int = 52) -> int:
+        """A place for a table, known as one though it be empty."""
+        at = super().table(space, size, limit)
+        self.mem.setdefault(at, 0)
+        return at
+
     def lead(self, space: Space, root: int, ipa: int, pa: int | None, *, limits: bool) -> None:
         """A path to a leaf for `ipa`: to `pa` where it is given, else to anywhere. `limits`: with any attributes."""
         at = root
@@ -106,14 +114,14 @@ class Host(Grower):
         last = self.rng.choice([3, 3, *blocks])
         while level < last:
             entry = at + 8 * space.index(ipa, level)
-            if entry not in self.mem:
+            if not self.mem.get(entry):
                 self._children[entry] = child = self.table(space, 1 << space.shift)
                 self.mem[entry] = self.table_descriptor(space, child)
             if entry not in self._children:
                 return
             at, level = self._children[entry], level + 1
         entry = at + 8 * space.index(ipa, level)
-        if entry not in self.mem:
+        if not self.mem.get(entry):
             word = self._leaf(space, level) if limits else OPEN | WRITE_BACK[self.fwb]
             output = word & space.oa_bits if pa is None else space.place(pa & -(1 << space.low(level)))
             self.mem[entry] = word & ~(space.oa_bits | 3) | output | (PAGE if level == 3 else 1)

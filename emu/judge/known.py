@@ -269,6 +269,12 @@ KNOWN_NESTED: tuple[Known[stage2.Context], ...] = (
         "Device and Normal non-cacheable memory is outer shareable (S2CombineS1Shareability, EffectiveShareability)",
         stage2.raw_sharing,
     ),
+    Known(
+        "low memory",
+        "QEMU's virt machine",
+        "below RAM the Secure state of the machine has flash memory: a walk that lands there reads it",
+        stage2.low_memory,
+    ),
 )
 
 

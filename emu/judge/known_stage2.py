@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from emu.judge.corpus import EXC, Answer, Case
+from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
 from pgtable import Fault, FaultType, NestedWalk, Stage2Params, Translation
 from pgtable.attributes import MemoryAttributes, forced_outer, is_device
 from pgtable.descriptors import LAST_LEVEL, Granule
@@ -114,6 +114,19 @@ def at_updates(c: Context) -> bool:
         return False
     changes = not raw[-1][2] & p.af or (p.hd and bool(raw[-1][2] & p.dbm))
     return changes and PAR_FAULT["FST"].get(c.par) & ~3 == _PERMISSION
+
+
+def low_memory(c: Context) -> bool:
+    """Secure state of the virt machine has flash below RAM: a walk that lands there reads it."""
+    fault, last = c.walk.fault, c.walk.last_stage2
+    if fault is None or fault.type is not FaultType.EXTERNAL_ON_WALK or not c.walk.params.secure or last is None:
+        return False
+    if fault.stage == 2:
+        missing = last.params.table_address(last.raw[-1][2]) if last.raw else last.params.base
+    else:
+        assert not isinstance(last.result, Fault)
+        missing = last.result.pa
+    return missing < BASE_RAM[0]
 
 
 def ptw_access_flag(walk: NestedWalk, pa: int, word: int | None) -> bool:

@@ -14,9 +14,11 @@ import pytest
 
 from emu.judge.cases import KINDS, TRAPS, kinds, random_case
 from emu.judge.corpus import DEFAULTS, DONE, EXC, HANDLER, HANDLER_VA, Case, dump, has_ram, is_safe, loads
+from emu.judge.model import memory_of, registers_of
 from emu.judge.qemu import Oracle
 from emu.judge.shrink import shrink
 from emu.judge.trees import Grower, Space, Style, harmless
+from pgtable import Access, Fault, Stage2Params, stage2_walk
 from tests.judged.oracles import open_oracle
 
 CPUS = ("max", "max,lpa2=off", "neoverse-n1", "neoverse-v1", "cortex-a57", "cortex-a76", "cortex-a710")
@@ -66,7 +68,21 @@ def test_a_case_is_whole_and_safe_to_ask(kind: str, avoid: frozenset[str]) -> No
         assert next(loads([dump(case)])) == case
 
 
-@pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if row.access])
+@pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if row.access and row.stage2])
+def test_an_access_case_of_stage_2_maps_the_asking_program(kind: str) -> None:
+    for case in some(kind):
+        assert (case.half, case.regs["VBAR_EL1"], case.regs["VBAR_EL2"]) == (0, case.code_ipa, HANDLER + 0x8000)
+        assert case.code_ipa is not None
+        p = Stage2Params.of(registers_of(case))
+        with memory_of(case) as memory:
+            for offset in (0, 0x1000):
+                for el in (0, 1):
+                    found = stage2_walk(memory.fetch, p, case.code_ipa + offset, Access.fetch(el)).result
+                    assert not isinstance(found, Fault)
+                    assert found.pa == HANDLER + 0x4000 + offset
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in KINDS.items() if row.access and not row.stage2])
 def test_an_access_case_leaves_the_other_half_to_the_asking_program(kind: str) -> None:
     for case in some(kind):
         assert case.half is not None
