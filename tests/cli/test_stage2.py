@@ -86,7 +86,7 @@ def test_dump_of_both_stages_of_one_and_of_the_other(guest: list[str]) -> None:
         ("2000", "4000f000", "4008f000", "r-- r--"),
     ]
     text = run("dump", guest)
-    assert "0x004000e000 0x004008e000" in text
+    assert "0x00004000e000 0x00004008e000" in text
     assert "stage 2 does not map IPA 0x40010000-0x40012000" in text
     second = run_json("dump", guest, "--stage", "2")
     assert second["stage"] == "2"
