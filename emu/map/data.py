@@ -20,8 +20,9 @@ from pgtable import Access, AccessType, Walk, translate
 from pgtable.attributes import MemoryAttributes
 from pgtable.diff import diff
 from pgtable.listing import Listing, listing
+from pgtable.listing_stage2 import nested_listing
 from pgtable.nested import deciders
-from pgtable.params import Regime
+from pgtable.params import Regime, stage2_on
 from pgtable.permissions import PR, PW, PX, UR, UW, UX
 from pgtable.registers import SH
 from pgtable.why import rights
@@ -106,9 +107,12 @@ class Mapped:
 
     @classmethod
     def of(cls, source: Source, regime: Regime | None) -> Mapped:
-        """The listing of an opened source with registers."""
-        assert source.registers is not None
-        return cls(source, listing(source.memory, source.registers, regime=regime))
+        """The listing of an opened source with registers, through both stages where stage 2 is on."""
+        regs = source.registers
+        assert regs is not None
+        if stage2_on(regs) and regime in (None, Regime.EL10):
+            return cls(source, nested_listing(source.memory, regs).both)
+        return cls(source, listing(source.memory, regs, regime=regime))
 
     def walk(self, va: int) -> Walk:
         """The walk of an access that no permission refuses."""

@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from emu.cli import cli
+from emu.map.data import MapData, Mapped
+from emu.sources import open_source
 from pgtable import PhysicalMemory
 from pgtable.build import TableBuilder
 from pgtable.registers import HCR_EL2, VTCR_EL2
@@ -117,3 +119,10 @@ def test_stage_2_that_is_off_is_one_sentence(command: str, guest: list[str]) -> 
     assert done.exit_code == 2
     assert "HCR_EL2 has stage 2 off" in done.output
     assert "Traceback" not in done.output
+
+
+def test_the_map_leads_through_both_stages(guest: list[str]) -> None:
+    with open_source(guest[0], registers=guest[2]) as source:
+        data = MapData.of("guest", Mapped.of(source, None))
+        assert [(row.va, row.pa) for row in data.rows] == [(0x1000, 0x4008_E000), (0x2000, 0x4008_F000)]
+        assert "both stages of EL1" in str(data.now.walk(0x1000))
