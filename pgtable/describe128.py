@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pgtable.d128 import CONTIGUOUS_RUN_128, LOWEST_LEVEL_128, MOST_SKIPPED, NOT_JUDGED, Format128
-from pgtable.describe import REGIMES, Explanation, FieldText, Place, meaning
+from pgtable.describe import REGIMES, Explanation, FieldText, Place, _regime, meaning
 from pgtable.descriptors import LAST_LEVEL, Granule, Kind
 from pgtable.findings import Finding, size_text
 from pgtable.params import Regime
@@ -37,19 +37,18 @@ def explain128(
     if stage not in (1, 2):
         raise ValueError(f"stage {stage}: must be 1 or 2")
     granule = Granule.named(granule) if isinstance(granule, str) else granule
-    regime = Regime(regime)
+    regime = _regime(regime)
     if regime is Regime.EL2:
         raise ValueError("regime EL2: never has 128-bit descriptors (EL10, EL20, EL3 have)")
     fmt = Format128(granule, el0=regime.has_el0, pie=True, poe=True, aie=True, stage2=stage == 2, fwb=fwb)
-    reason = ""
-    if level is None:
-        level, reason = LAST_LEVEL - fmt.skipped(word), "a leaf's SKL is 3 minus its level; a table may be above"
+    reason = "a leaf's SKL is 3 minus its level; a table may be above" if level is None else ""
+    level = LAST_LEVEL - fmt.skipped(word) if level is None else level
     if not LOWEST_LEVEL_128[granule] <= level <= LAST_LEVEL:
         raise ValueError(f"level {level}: 128-bit {granule.label} has {LOWEST_LEVEL_128[granule]} to {LAST_LEVEL}")
     kind, layout = fmt.kind(word, level), fmt.layout(word, level)
-    address = {Kind.INVALID: None, Kind.TABLE: fmt.table_base(word)}.get(kind, 0)
-    address = layout["OA"].get(word) if kind in (Kind.BLOCK, Kind.PAGE) else address
-    place = Place(kind, level, reason, granule, False, stage, regime, address, fmt.level_size(level), {})
+    place = Place(
+        kind, level, reason, granule, False, stage, regime, _address(word, level, fmt), fmt.level_size(level), {}
+    )
     return Explanation(
         word,
         layout,
@@ -60,6 +59,14 @@ def explain128(
         ("overlays (POE) and AIE are on",) if stage == 1 else ("overlays (S2POE) are on",),
         place=place,
     )
+
+
+def _address(word: int, level: int, fmt: Format128) -> int | None:
+    """OA, or the next table's address; None where the word is invalid."""
+    kind = fmt.kind(word, level)
+    if kind is Kind.TABLE:
+        return fmt.table_base(word)
+    return None if kind is Kind.INVALID else fmt.leaf(level)["OA"].get(word)
 
 
 def _title(place: Place) -> str:

@@ -114,6 +114,17 @@ def test_va_range_of_56_bits() -> None:
         assert (refused(made)[2] == "memory") == ok, hex(va)
 
 
+def test_with_the_mmu_off_56_bits_go_through() -> None:
+    """The VA is the PA, up to the CPU's size; a lower half has 55 bits below the one that chooses it."""
+    for regime, va, ok in (("EL3", 0xFF_FFFF_FFFF_F123, 1), ("EL3", 1 << 56, 0), ("EL10", 0x7F_FFFF_FFFF_F123, 1)):
+        made = tree([], regime=regime, sctlr={"M": 0})._replace(va=va)
+        if ok:
+            assert (asked(made).pa, asked(made).result.level, asked(made).steps) == (va, None, ())
+            assert str(asked(made)).endswith(NOT_JUDGED)
+        else:
+            assert refused(made) == (T.ADDRESS_SIZE, 0, "VA")
+
+
 # The first table's address.
 
 
