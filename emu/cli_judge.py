@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from emu import writing
 from emu.cli import CommandError, examples
 from emu.judge import cases as random_cases
-from emu.judge.corpus import Case, CorpusError, dump, load
+from emu.judge.corpus import PA_BITS, Case, CorpusError, dump, load
 from emu.judge.guest import GuestDied, OracleError
-from emu.judge.known import KNOWN, KNOWN_NESTED
+from emu.judge.known import KNOWN, KNOWN_NESTED, KNOWN_RME
 from emu.judge.qemu import Oracle, UnsupportedError
 from emu.judge.shrink import shrink
 from emu.judge.verdict import Disagreement, Tally, judge_case
@@ -33,7 +34,17 @@ SHOWN = 20  # unexplained disagreements printed in full
 )
 @click.option("--seed", default=1, show_default=True, help="Seed of the random cases.")
 @click.option("--cases", "count", default=100, show_default=True, type=click.IntRange(1), help="Random cases to ask.")
+@click.option(
+    "--cpu", default="max", show_default=True, type=click.Choice(list(PA_BITS)), help="QEMU's CPU model that is asked."
+)
 @click.option("--kind", "only", multiple=True, help="Only cases of this kind (repeatable).")
+@click.option(
+    "--granule",
+    "granules",
+    multiple=True,
+    type=click.Choice([*random_cases.GRANULES]),
+    help="Random cases of this granule only (repeatable).",
+)
 @click.option("--cells", is_flag=True, help="Also agreement by fault kind and level.")
 @click.option(
     "--store", default="judge-failures", show_default=True, type=click.Path(), help="Folder for shrunk failing cases."
@@ -46,7 +57,9 @@ def judge(
     qemu: str | None,
     seed: int,
     count: int,
+    cpu: str,
     only: tuple[str, ...],
+    granules: tuple[str, ...],
     cells: bool,
     store: str,
     as_json: bool,
@@ -63,7 +76,7 @@ def judge(
         if files:
             verdict.add_files(files)
         if qemu is not None:
-            verdict.ask_qemu(qemu or None, seed, count, Path(store))
+            verdict.ask_qemu(qemu or None, seed, count, granules, Path(store), cpu)
     except (CorpusError, OracleError) as error:
         raise CommandError(str(error)) from None
     click.echo(json.dumps(verdict.as_json(), indent=1) if as_json else verdict.text(cells))
@@ -102,19 +115,23 @@ class Verdict:
                         self.add(case)
                     progress.advance(task)
 
-    def ask_qemu(self, path: str | None, seed: int, count: int, store: Path) -> None:
+    def ask_qemu(
+        self, path: str | None, seed: int, count: int, granules: tuple[str, ...], store: Path, cpu: str = "max"
+    ) -> None:
         """Asks a QEMU random cases of every kind in turn; a failing one is shrunk and stored."""
         rng = random.Random(seed)
-        with Oracle(path) as oracle, _progress() as progress:
+        with Oracle(path, cpu) as oracle, _progress() as progress:
             avoid = random_cases.TRAPS.get(oracle.version, frozenset())
-            kinds = random_cases.kinds(oracle.registers | oracle.operations, avoid)
+            kinds = random_cases.kinds(oracle.registers | oracle.operations, avoid, cpu)
             kinds = [kind for kind in kinds if not self.only or kind in self.only]
+            kinds = [kind for kind in kinds if not granules or random_cases.granule_names(kind, granules)]
             if not kinds:
-                raise OracleError(f"QEMU {oracle.version} can be asked none of the kinds {', '.join(self.only)}")
+                wanted = ", ".join([*self.only, *granules])
+                raise OracleError(f"QEMU {oracle.version} can be asked none of the kinds {wanted}")
             task = progress.add_task(f"QEMU {oracle.version}", total=count)
             for i in range(count):
-                case = random_cases.random_case(rng, kinds[i % len(kinds)], avoid=avoid)
-                answered = _asked(oracle, case)
+                case = random_cases.random_case(rng, kinds[i % len(kinds)], cpu=cpu, avoid=avoid, granules=granules)
+                answered = oracle.answered(case)
                 if self.add(answered) and len(self.stored) < STORED:
                     self._store(oracle, case, store, f"seed{seed}-{i}")
                 progress.advance(task)
@@ -122,14 +139,17 @@ class Verdict:
     def _store(self, oracle: Oracle, case: Case, folder: Path, name: str) -> None:
         def fails(smaller: Case) -> bool:
             try:
-                return any(not d.rule for d in judge_case(_asked(oracle, smaller), Tally(case.kind)))
+                return any(not d.rule for d in judge_case(oracle.answered(smaller), Tally(case.kind)))
             except (UnsupportedError, GuestDied):
                 return False
 
-        small = _asked(oracle, shrink(case, fails))
-        folder.mkdir(parents=True, exist_ok=True)
+        small = oracle.answered(shrink(case, fails))
         file = folder / f"{case.kind}-{name}.jsonl"
-        file.write_text(dump(small) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writing.write(file, dump(small) + "\n")
+        except OSError as error:
+            raise CommandError(f"--store {file}: {error.strerror}") from None
         self.stored.append(str(file))
 
     def text(self, cells: bool) -> str:
@@ -190,15 +210,9 @@ class Verdict:
 def rules() -> dict[str, str]:
     """What every row says that may explain a disagreement, stage 1's first."""
     found: dict[str, str] = {}
-    for name, judge, rule in [k[:3] for k in KNOWN] + [k[:3] for k in KNOWN_NESTED]:
+    for name, judge, rule in [k[:3] for k in KNOWN] + [k[:3] for k in KNOWN_NESTED] + [k[:3] for k in KNOWN_RME]:
         found.setdefault(name, f"{judge}: {rule}")
     return found
-
-
-def _asked(oracle: Oracle, case: Case) -> Case:
-    """The case with the oracle's answers; a query that the judge died of is not judged."""
-    found = oracle.ask(case, survive=True)
-    return case.answered(oracle.version, found.answers, found.after)
 
 
 def _progress() -> Progress:

@@ -5,7 +5,7 @@ Sources: arch/arm64/include/asm/pgtable-hwdef.h, pgtable-prot.h, pgtable.h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kernel_model.variants import Variant
@@ -27,7 +27,8 @@ class Bits:
 
     @classmethod
     def of(cls, fmt: Format, variant: Variant, *, ng_mappings: bool = False) -> Bits:
-        """The bits of a hardware format."""
+        """The bits of a hardware format; with indirect permissions too, PTE_USER and PTE_RDONLY are AP's."""
+        fmt = replace(fmt, pie=False, poe=False)
         return cls(fmt.leaf(LAST_LEVEL), fmt.leaf(LAST_LEVEL - 1), fmt.table(LAST_LEVEL - 1), variant, ng_mappings)
 
     @cached_property

@@ -9,13 +9,15 @@ import numpy.typing as npt
 
 from pgtable.access import Access, AccessType
 from pgtable.bulk import Many
-from pgtable.faults import Fault, FaultType
+from pgtable.faults import FaultType
+from pgtable.gpc import checked, gpc_esr, guard
+from pgtable.gpt import GpcFault
 from pgtable.memory import Memory
-from pgtable.mmu import made, translate, translate_many
+from pgtable.mmu import made, refuse_rme, translate, translate_many
 from pgtable.nested import translate_nested
 from pgtable.nested128 import NestedWalk128
 from pgtable.nested_many import nested_many
-from pgtable.params import Regime, stage2_on
+from pgtable.params import Regime, WalkParams, stage2_on
 from pgtable.registers import HCR_EL2, Registers
 from pgtable.walk import Swap, Walk
 from pgtable.walk128 import Walk128
@@ -72,7 +74,9 @@ def at_walk(memory: Memory, regs: Registers, operation: str, va: int, swap: Swap
     """
     access, regime = at_request(regs, operation)
     if asks_stage1_only(regs, operation):
-        return translate_nested(memory, regs, va, access, swap=swap, stage1_only=True)
+        guarded = guard(memory, regs, WalkParams.of(regs, regime, va))
+        found = translate_nested(guarded or memory, regs, va, access, swap=swap, stage1_only=True)
+        return checked(memory, guarded, found, access) if guarded else found
     return translate(memory, regs, va, access, regime=regime, swap=swap)
 
 
@@ -103,23 +107,38 @@ def at_many(memory: Memory, regs: Registers, operation: str, vas: npt.ArrayLike,
     """
     access, regime = at_request(regs, operation)
     if asks_stage1_only(regs, operation):
+        refuse_rme(regs)
         return made(memory, nested_many(memory, regs, vas, access, stage1_only=True), swap)
     return translate_many(memory, regs, vas, access, regime=regime, swap=swap)
 
 
 def par_of_walk(walk: Walk) -> int:
     """PAR_EL1 after the AT instruction that made `walk`; raises ExternalAbort as `at`."""
-    if isinstance(walk.result, Fault) and walk.result.type is FaultType.EXTERNAL_ON_WALK:
+    if takes_exception(walk):
         raise ExternalAbort(walk, external_abort(walk))
     return walk.par() if isinstance(walk, Walk128 | NestedWalk128) else walk.result.par()
+
+
+def takes_exception(walk: Walk) -> bool:
+    """The AT instruction, run at EL3, takes an exception: an external abort, or a granule that cannot be told.
+
+    A granule that refuses is reported in PAR_EL1 at EL3, and below with SCR_EL3.GPF and HCR_EL2.GPF = 0.
+    """
+    fault = walk.fault
+    if fault is None or fault.gpc is None:
+        return fault is not None and fault.type is FaultType.EXTERNAL_ON_WALK
+    return fault.gpc.fault is not GpcFault.FAIL
 
 
 def external_abort(walk: Walk) -> int:
     """ESR_ELx of the exception that an AT instruction takes; ValueError if the walk met no external abort.
 
-    It goes to EL2 where stage 2's walk met it, else to the EL that the operation asks for.
+    It goes to EL2 where stage 2's walk met it, else to the EL that the operation asks for; that of a broken granule
+    protection table to EL3.
     """
-    if walk.fault is None or walk.fault.type is not FaultType.EXTERNAL_ON_WALK:
+    if walk.fault is None or not takes_exception(walk):
         raise ValueError(f"the walk of {walk.va:#x} met no external abort")
+    if walk.fault.gpc is not None:
+        return gpc_esr(walk.fault, walk.access)
     el = 2 if walk.fault.stage == 2 else max(walk.access.el, 1)
     return walk.fault.esr(Access(walk.access.type, el), target_el=el)

@@ -19,7 +19,7 @@ from typing import Any
 from pgtable.descriptors import Granule
 from pgtable.params import Regime
 from pgtable.registers import TCR_EL1, TCR_EL2
-from pgtable.tlb_events import Dsb, Event, Isb, SysregWrite, TableFree, Tlbi, Write
+from pgtable.tlb_events import STRENGTHS, Dsb, Event, Isb, SysregWrite, TableFree, Tlbi, Write
 from pgtable.tlb_scene import Places, Program, Scene
 from pgtable.tlbi import decode
 
@@ -43,6 +43,8 @@ _DSBS = ("ish", "ishst", "nsh")
 _TLBIS = ("alle2", "alle2is", "vae2is", "vale2is")
 _REGISTERS = ("ttbr0_el2", "tcr_el2", "mair_el2", "sctlr_el2", "hcr_el2", "vtcr_el2")
 _PAGE = 4096
+CPUS = 256
+LARGEST = 1 << 24  # bytes that an event sets or frees
 _ADDRESS = 0xFFFF_FFFF_F000  # of a table of 4 KiB pages
 _TOKEN = re.compile(r'[()]|"[^"]*"|[^\s()"]+')
 
@@ -77,6 +79,8 @@ def parse_records(text: str) -> Iterator[Record]:
 
 
 def _record(items: list[Any]) -> Record:
+    if not items or [] in items:
+        raise ValueError("trace: an event or a field is empty")
     name = str(items[0])
     if name not in _FIELDS:
         raise ValueError(f"trace: no event is called {name!r}")
@@ -99,18 +103,28 @@ def _record(items: list[Any]) -> Record:
 def _value(name: str, field: str, text: str) -> int | str:
     try:
         if field in ("id", "tid"):
-            return int(text)
+            return _below(int(text), CPUS if field == "tid" else 1 << 64)
         return int(text, 16) if field.endswith("!") else text.lower()
     except ValueError:
-        raise ValueError(f"trace: {name}: {field.rstrip('!')} {text!r} is not a number") from None
+        raise ValueError(f"trace: {name}: {field.rstrip('!')} {text!r} is not a number that can be there") from None
+
+
+def _below(number: int, end: int) -> int:
+    if not 0 <= number < end:
+        raise ValueError
+    return number
 
 
 def read_trace(text: str) -> Program:
     """A program from a trace; raises ValueError for what is none. PCs are the events' ids."""
     reader = _Reader()
     for record in parse_records(text):
-        if record["event"] not in _IGNORED:
+        if record["event"] in _IGNORED:
+            continue
+        try:
             reader.take(record)
+        except KeyError as error:
+            raise ValueError(f"trace: {record['event']} has no {error.args[0]}") from None
     return reader.program()
 
 
@@ -138,9 +152,9 @@ class _Reader:
             case "mem-set":
                 self.fill(cpu, pc, r["address"], r["size"], r["value"] * 0x0101010101010101)
             case "mem-free":
-                self.events += [TableFree(pa, cpu, pc) for pa in range(r["address"], r["address"] + r["size"], _PAGE)]
+                self.free(cpu, pc, r["address"], r["size"])
             case "barrier":
-                self.events.append(Dsb(cpu, r["kind"], pc) if r["barrier"] == "dsb" else Isb(cpu, pc))
+                self.events.append(_barrier(cpu, pc, r["barrier"], r.get("kind", "")))
             case "tlbi":
                 op = decode(r["operation"], r.get("value", 0), vmid=self.stage2.get(cpu, 0))
                 self.events.append(Tlbi(cpu, op, pc))
@@ -150,9 +164,16 @@ class _Reader:
                 self.register(cpu, pc, r["sysreg"], r["value"])
 
     def fill(self, cpu: int, pc: int, pa: int, size: int, word: int) -> None:
+        if size > LARGEST:
+            raise ValueError(f"trace: {size:#x} bytes at {pa:#x} are more than {LARGEST:#x} at once")
         for at in range(pa, pa + size, 8):
             if word or self.words.get(at):
                 self.write(cpu, pc, at, word)
+
+    def free(self, cpu: int, pc: int, pa: int, size: int) -> None:
+        if size > LARGEST:
+            raise ValueError(f"trace: {size:#x} bytes at {pa:#x} are more than {LARGEST:#x} at once")
+        self.events += [TableFree(at, cpu, pc) for at in range(pa, pa + size, _PAGE)]
 
     def write(self, cpu: int, pc: int, pa: int, value: int) -> None:
         old = self.words.get(pa, 0)
@@ -177,6 +198,14 @@ class _Reader:
             self.trees.setdefault(scene.root, (Places(Program(scene, ()).params, self.words), value >> 48))
         if stage == 2:
             self.stage2[cpu] = value >> 48
+
+
+def _barrier(cpu: int, pc: int, name: str, kind: str) -> Event:
+    if name == "isb":
+        return Isb(cpu, pc)
+    if name != "dsb" or kind not in STRENGTHS:
+        raise ValueError(f"trace: no barrier is called {name} {kind}".rstrip())
+    return Dsb(cpu, kind, pc)
 
 
 def _updating(scene: Scene) -> Scene:

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pgtable.attributes import FORCED_OUTER, MemoryAttributes
-from pgtable.bits import Field, Layout, bits, res0
+from pgtable.attributes import FORCED_OUTER, OUTER_SHAREABLE, MemoryAttributes
+from pgtable.bits import Field, Layout, View, bits, res0
 from pgtable.describe import Explanation, FieldText, meaning
 from pgtable.descriptors import LAST_LEVEL, Granule
 from pgtable.findings import LOWEST_LEVEL, Finding
+from pgtable.gpt import BASE_SHIFT
 from pgtable.params import RANGE_BIT
 from pgtable.permissions import BY_PIR, BY_POR, PG, PIR_NO_OVERLAY, PIR_WXN, PR, PW, PX
 from pgtable.registers import (
     EC,
     EC_DATA,
     FSC,
+    GPCCR_EL3,
+    GPTBR_EL3,
     LAYOUTS,
     MAIR,
+    MFAR_EL3,
     PAR_FAULT,
     PAR_OK,
     SCTLR_EL1,
@@ -31,7 +35,8 @@ from pgtable.registers import (
     TCR_EL1,
     TTBR_52,
 )
-from pgtable.syndromes import ABORTS, FETCHES, WITH_FAR, esr_layout
+from pgtable.spaces import PASpace
+from pgtable.syndromes import ABORTS, EC_GPC, FETCHES, GPCSC, WITH_FAR, esr_layout
 
 FAR = Layout("FAR_ELx", (bits("VA", 63, 0, "faulting virtual address"),))
 PSTATE = {
@@ -80,10 +85,11 @@ _TITLES = {
     **{"TCR": "translation control", "VTCR": "translation control of stage 2", "SCTLR": "system control"},
     **{"TTBR": "translation table base", "VTTBR": "translation table base of stage 2", "MAIR": "memory attributes"},
     **{"PIR": "permission indirection", "PIRE": "permission indirection of EL0", "POR": "permission overlays"},
-    **{"S2PIR": "permission indirection of stage 2", "S2POR": "permission overlays of stage 2"},
     **{"HCR": "hypervisor configuration", "SCR": "secure configuration", "CONTEXTIDR": "context ID"},
     **{"VSTCR": "translation control of Secure stage 2", "VSTTBR": "translation table base of Secure stage 2"},
     **{"S2PIR": "permission indirection of stage 2", "S2POR": "permission overlays of stage 2"},
+    **{"GPCCR": "granule protection check control", "GPTBR": "granule protection table base"},
+    **{"MFAR": "physical fault address"},
     **{"PAN": "privileged access never (PSTATE)", "UAO": "user access override (PSTATE)"},
 }
 
@@ -154,7 +160,7 @@ def _meaning(name: str, row: Field, value: int, layout: Layout) -> str:
         return "says nothing: ISV is 0"
     if row.name == "EC" and of not in EC:
         return "reserved exception class"
-    if row.name in ("FSC", "IFSC", "FST") and row.values and of not in row.values:
+    if row.name in ("FSC", "IFSC", "FST", "xFSC") and row.values and of not in row.values:
         return "reserved fault status code"
     if row.name in _DERIVED:
         return _DERIVED[row.name](of)
@@ -171,7 +177,20 @@ def _facts(name: str, value: int, far: int | None, granule: Granule) -> dict[str
         return _translation(value)
     if name.startswith("FAR"):
         return _address(value, granule)
-    return {}
+    return _GRANULE_FACTS[name](value) if name in _GRANULE_FACTS else {}
+
+
+def _table_base(value: int) -> dict[str, str]:
+    base = GPTBR_EL3["BADDR"].get(value) << BASE_SHIFT
+    return {"table": f"at {base:#x} of the Root space, aligned down to its size (by PPS and L0GPTSZ)"}
+
+
+def _faulting_pa(value: int) -> dict[str, str]:
+    view = MFAR_EL3.view(value)
+    return {"what": f"PA {view.FPA:#x} in the {PASpace(view.NSE << 1 | view.NS)} space (bits 11:0 are the VA's)"}
+
+
+_GRANULE_FACTS = {"GPTBR_EL3": _table_base, "MFAR_EL3": _faulting_pa}
 
 
 def _syndrome(name: str, value: int, far: int | None, granule: Granule) -> dict[str, str]:
@@ -180,6 +199,8 @@ def _syndrome(name: str, value: int, far: int | None, granule: Granule) -> dict[
     facts = {"what": EC.get(view.EC, f"exception class {view.EC:#x}, which is reserved")}
     if view.EC in ABORTS:
         facts = _abort(name, value, layout)
+    elif view.EC == EC_GPC:
+        facts = _granule(view)
     elif view.EC == 0x18:
         register = f"S{view.Op0}_{view.Op1}_C{view.CRn}_C{view.CRm}_{view.Op2}"
         facts["access"] = f"MRS x{view.Rt}, {register}" if view.Direction else f"MSR {register}, x{view.Rt}"
@@ -203,6 +224,16 @@ def _abort(name: str, value: int, layout: Layout) -> dict[str, str]:
         if flag in layout and layout[flag].get(value):
             facts["why"] = f"refused because of {said}"
     return facts
+
+
+def _granule(view: View) -> dict[str, str]:
+    """A granule protection check exception: what was accessed, and why the check failed."""
+    said = "an instruction fetch" if view.InD else _access(view.CM, view.WnR)
+    fault = FSC.get(view.xFSC, f"reserved fault code {view.xFSC:#x}")
+    facts = {"what": f"{said}: {fault}", "why": GPCSC.get(view.GPCSC, f"reserved GPCSC {view.GPCSC:#x}")}
+    if view.S2PTW:
+        facts["table"] = "a table of stage 2" + (", read for a table of stage 1" if view.S1PTW else "")
+    return facts | {"MFAR_EL3": "has the physical address and its space"}
 
 
 def _access(maintenance: int, write: int) -> str:
@@ -298,6 +329,8 @@ def _findings(name: str, value: int, layout: Layout) -> Iterator[Finding]:
             yield Finding("wrong", row.name, f"{row.name} = {of:#04x} is reserved")
         if row.name in ("T0SZ", "T1SZ") and name != "VTCR_EL2" and not 12 <= of <= 48:
             yield Finding("wrong", row.name, f"{row.name} = {of}: must be 16 to 39, or 12 to 48 with extensions")
+    if layout is GPCCR_EL3 and layout["SH"].get(value) != OUTER_SHAREABLE and not layout.mask("IRGN", "ORGN") & value:
+        yield Finding("wrong", "SH", "non-cacheable reads must be outer shareable (SH = 2): every check faults")
     if "HD" in layout and layout["HD"].get(value) and not layout["HA"].get(value):
         yield Finding("wrong", "HD", "HD=1 has no effect while HA=0")
     if name.startswith("ESR") and "EC" in layout and layout["EC"].get(value) not in EC:

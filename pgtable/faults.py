@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pgtable.access import Access, AccessType
 from pgtable.descriptors import LAST_LEVEL
+from pgtable.gpt import GptWalk
 from pgtable.registers import EC_DATA, EC_FETCH, ESR, FSC, PAR_FAULT
 
 
@@ -24,6 +25,8 @@ class FaultType(Enum):
     ALIGNMENT = "alignment"
     TLB_CONFLICT = "TLB conflict"
     UNSUPPORTED_UPDATE = "unsupported atomic hardware update"
+    GPC_ON_WALK = "granule protection on the walk"
+    GPC_ON_OUTPUT = "granule protection"
 
 
 # Fault status code of level 0 (levels add to it), and of the levels below it: -1, and -2 (FEAT_D128).
@@ -33,9 +36,15 @@ _CODES: dict[FaultType, tuple[int, dict[int, int]]] = {
     FaultType.ACCESS_FLAG: (0x08, {}),
     FaultType.PERMISSION: (0x0C, {}),
     FaultType.EXTERNAL_ON_WALK: (0x14, {-1: 0x13, -2: 0x12}),
+    FaultType.GPC_ON_WALK: (0x24, {-1: 0x23, -2: 0x22}),
 }
 ASSURED_ONLY, TOP_LEVEL = "AssuredOnly", "TopLevel"  # causes of stage 2's permission faults
-_WITHOUT_LEVEL = {FaultType.ALIGNMENT: 0x21, FaultType.TLB_CONFLICT: 0x30, FaultType.UNSUPPORTED_UPDATE: 0x31}
+_WITHOUT_LEVEL = {
+    FaultType.ALIGNMENT: 0x21,
+    FaultType.TLB_CONFLICT: 0x30,
+    FaultType.UNSUPPORTED_UPDATE: 0x31,
+    FaultType.GPC_ON_OUTPUT: 0x28,
+}
 
 
 def fault_code(type: FaultType, level: int) -> int:
@@ -56,7 +65,8 @@ class Fault(NamedTuple):
     `level`: the lookup level reported. `stage`: 1 or 2; `s1ptw`: the stage 2 fault was on a stage 1 table access.
     `write`: for a permission fault, a write was refused. `dirty_bit`, `overlay`: what refused it, as in ESR_ELx.ISS2.
     `cause`: what decided, in one word: the descriptor, the register field or the check ("OA", "EPD", "range" ...).
-    Stage 2's "AssuredOnly" and "TopLevel" (FEAT_THE) are in the syndrome too.
+    Stage 2's "AssuredOnly" and "TopLevel" (FEAT_THE) are in the syndrome too. `gpc`: the granule protection check that
+    refused (FEAT_RME).
     """
 
     type: FaultType
@@ -67,6 +77,7 @@ class Fault(NamedTuple):
     dirty_bit: bool = False
     overlay: bool = False
     cause: str = ""
+    gpc: GptWalk | None = None
 
     @property
     def code(self) -> int:
@@ -112,4 +123,19 @@ class Fault(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return f"{FSC[self.code]}{' (stage 2)' if self.stage == 2 else ''}"
+        said = f"{FSC[self.code]}{' (stage 2)' if self.stage == 2 else ''}"
+        if self.gpc is None or self.gpc.fault is None:
+            return said
+        return f"{said}: {self.gpc.fault.value} fault, GPT level {self.gpc.level}"
+
+
+class GranuleRefusal(Exception):  # noqa: N818  what happened: a walk makes a fault of it
+    """A granule protection check refused a read."""
+
+    def __init__(self, found: GptWalk) -> None:
+        super().__init__(str(found))
+        self.found = found
+
+    def fault(self, level: int, *, stage: int = 1, s1ptw: bool = False) -> Fault:
+        """The fault of the walk that read a descriptor of `level`."""
+        return Fault(FaultType.GPC_ON_WALK, level, stage, s1ptw, cause="granule", gpc=self.found)

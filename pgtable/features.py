@@ -14,6 +14,8 @@ class Features:
     `contiguous_output`: output address bits inside a contiguous run come from the VA (a run whose entries are
     programmed as they must be gives the same PA). `contiguous_faults`, `nt_faults`: a run larger than the input range,
     or nT = 1, gives a translation fault. `at_updates`: AT instructions set AF.
+    `rme`: granule protection and the Root and Realm states; `rme_secure`: beside them a Secure state (FEAT_SEL2);
+    `gpc2`: FEAT_RME_GPC2.
 
     `d128`: 128-bit descriptors; `lva3`: 56-bit VAs with them; `the`: stage 2's TopLevel checks, for them; `mec`: memory
     encryption contexts, likewise. No CPU below has any of the four (docs/d128.md): they are not judged.
@@ -41,6 +43,7 @@ class Features:
     haft: bool = True
     d128: bool = False
     lva3: bool = False
+    asid2: bool = True
     the: bool = False
     mec: bool = False
     txsz_faults: bool = True
@@ -48,6 +51,9 @@ class Features:
     contiguous_faults: bool = False
     nt_faults: bool = False
     at_updates: bool = False
+    rme: bool = False
+    rme_secure: bool = True
+    gpc2: bool = False
 
     def replace(self, **changes: object) -> Features:
         """The same CPU with some features changed."""
@@ -67,6 +73,7 @@ _OLD = Features(
     s2poe=False,
     aie=False,
     haft=False,
+    asid2=False,
 )
 _4K_64K = frozenset({"4K", "64K"})
 CPUS: dict[str, Features] = {
@@ -74,6 +81,7 @@ CPUS: dict[str, Features] = {
     for cpu in (
         Features(),
         Features(name="max,lpa2=off", lpa2=False),
+        Features(name="max,x-rme=on", rme=True, gpc2=True),
         _OLD.replace(name="neoverse-n1", pa_bits=48, pan=2),
         _OLD.replace(name="neoverse-v1", pa_bits=48, pan=2),
         _OLD.replace(
@@ -88,3 +96,4 @@ CPUS: dict[str, Features] = {
         _OLD.replace(name="unicorn", pa_bits=44, hafdbs=0, hpds=True, pan=2, txsz_faults=False),
     )
 }
+"""CPUs by name, as QEMU calls them; "max" has everything that QEMU models. Another: `CPUS["max"].replace(...)`."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pgtable.access import Access
 from pgtable.bulk import Many, stage1_many
+from pgtable.gpc import checked, guard, guarded_walk
 from pgtable.memory import Memory, PhysicalMemory
 from pgtable.nested import translate_nested
 from pgtable.nested128 import NestedWalk128
@@ -42,7 +43,7 @@ def translate(
 
     `swap(pa, old, new)` makes hardware updates (access flag, dirty state), the words as memory holds them, and says
     whether the word was still `old`; without it they are only listed in `updates`. Source: pseudocode
-    AArch64.FullTranslate.
+    AArch64.FullTranslate. With GPCCR_EL3.GPC (FEAT_RME) every descriptor read is checked, and where a real access goes.
     """
     access = access or _READ
     if va >> 64:
@@ -54,6 +55,12 @@ def translate(
             params = regs._params[key] = stage1_params(regs, regime_of(regs, access.el), va)
     else:
         params = stage1_params(regs, regime, va)
+    if params.space is not None and (guarded := guard(memory, regs, params)):
+        if params.through_stage2:
+            found: Walk = translate_nested(guarded, regs, va, access, swap=swap)
+        else:
+            found = guarded_walk(guarded, params, va, access, swap)
+        return checked(memory, guarded, found, access)
     if params.through_stage2:
         return translate_nested(memory, regs, va, access, swap=swap)
     if isinstance(params, WalkParams128):
@@ -99,13 +106,20 @@ def translate_many(
 
     128-bit descriptors do not fit into its arrays: ValueError. With stage 2 on, EL1&0's is a NestedMany. RAM is taken
     to come in whole 4 KiB pages. `swap` makes the hardware updates, which are else only listed; it needs a
-    PhysicalMemory. Raises ValueError for VAs that are not unsigned 64-bit integers.
+    PhysicalMemory. Raises ValueError for VAs that are not unsigned 64-bit integers, and for a CPU with FEAT_RME.
     """
+    refuse_rme(regs)
     access = access or Access()
     regime = regime or regime_of(regs, access.el)
     both = regime is Regime.EL10 and stage2_on(regs)
     found = nested_many(memory, regs, vas, access) if both else stage1_many(memory, regs, vas, access, regime)
     return made(memory, found, swap)
+
+
+def refuse_rme(regs: Registers) -> None:
+    """Raises ValueError where addresses have spaces and granules, which arrays do not tell."""
+    if regs.features.rme:
+        raise ValueError(f"{regs.features.name}: arrays do not tell physical address spaces (FEAT_RME): use translate")
 
 
 def made(memory: Memory, found: Many, swap: bool) -> Many:

@@ -17,6 +17,7 @@ from pgtable.access import Access, AccessType
 from pgtable.combine import combined, combined_sh
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import Fault, FaultType
+from pgtable.gpc import in_space
 from pgtable.memory import Memory
 from pgtable.params import Regime, WalkParams
 from pgtable.registers import Registers
@@ -131,7 +132,7 @@ def translate_nested(
     p2 = Stage2Params.of(regs, ns=through.secure and isinstance(first.result, Translation) and first.result.ns)
     second, result = None, first.result
     if isinstance(first.result, Translation) and p2.on and not stage1_only:
-        second = stage2_walk(memory.fetch, p2, first.result.pa, access, swap=swap)
+        second = stage2_walk(in_space(memory, p2.table_space).fetch, p2, first.result.pa, access, swap=swap)
         done = second.result
         result = done if isinstance(done, Fault) else _combined(first, first.result, done, p2)
     updates = (*through.updates, *(second.stored_updates if second else ()))
@@ -159,19 +160,21 @@ class _Through:
         except _Stage2Abort as abort:
             return Walk(va, access, self._p, self._raw, abort.fault)
 
-    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> int:
-        """The PA of the descriptor at `ipa`, below the tables `above`: those say which IPA space it is in."""
+    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> Stage2:
+        """Where the descriptor at `ipa` is, below the tables `above`: those say which IPA space it is in."""
         ns = self.secure and any(word & self._p.ns_table for _, _, word in above)
         p2 = Stage2Params.of(self._regs, ns=ns)
-        found = stage2_walk(self._memory.fetch, p2, ipa, how, s1ptw=True, swap=self._swap)
+        tables = in_space(self._memory, p2.table_space)
+        found = stage2_walk(tables.fetch, p2, ipa, how, s1ptw=True, swap=self._swap)
         self.tables.append(found)
         self.updates += [update for update in found.stored_updates if update not in self.updates]
         if isinstance(found.result, Fault):
             raise _Stage2Abort(found.result)
-        return found.result.pa
+        return found.result
 
     def _fetch(self, ipa: int) -> int:
-        word = self._memory.fetch(self._reach(ipa, READ_TABLE, self._raw))
+        at = self._reach(ipa, READ_TABLE, self._raw)
+        word = in_space(self._memory, at.space).fetch(at.pa)
         (step,) = in_memory(Update(ipa, 0, word), self._p.big_endian)[2:]
         self._raw.append((self._p.levels[len(self._raw)][0], ipa, step))
         return word
@@ -182,7 +185,7 @@ class _Through:
 
     def _update(self, ipa: int, old: int, new: int) -> bool:
         """Hardware changes a descriptor of stage 1: stage 2 must let it write there."""
-        pa = self._reach(ipa, WRITE_TABLE, self._above(ipa))
+        pa = self._reach(ipa, WRITE_TABLE, self._above(ipa)).pa
         if self._swap and not self._swap(pa, old, new):
             self._raw.clear()  # it is all read again
             return False
@@ -197,7 +200,7 @@ def _combined(first: Walk, s1: Translation, s2: Stage2, p2: Stage2Params) -> Tra
     attr = combined(s1.attr, leaf["MemAttr"].get(s2.word), fwb=p2.fwb, off=off)
     own = s1.sh if s1.level is None else p.sh if p.fmt.lpa2 else p.page["SH"].get(s1.word)
     sh2 = p2.sh if p2.fmt.lpa2 else leaf["SH"].get(s2.word)
-    return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr), ns=s2.ns)
+    return s1._replace(pa=s2.pa, attr=attr, sh=combined_sh(own, sh2, attr), ns=s2.ns, space=s2.space)
 
 
 def deciders(found: Walk) -> list[Decider]:

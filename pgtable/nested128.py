@@ -21,7 +21,7 @@ from pgtable.nested import READ_TABLE, WRITE_TABLE, NestedWalk, _combined, _Stag
 from pgtable.params import Regime, WalkParams, d128_on
 from pgtable.params128 import Stage2Params128, WalkParams128, stage1_params, stage2_params
 from pgtable.registers import Registers
-from pgtable.stage2 import Stage2Params, Stage2Walk, stage2_walk, vtcr_d128
+from pgtable.stage2 import Stage2, Stage2Params, Stage2Walk, stage2_walk, vtcr_d128
 from pgtable.stage2_128 import Of, Stage2Walk128, stage2_walk128
 from pgtable.walk import RawStep, Step, Swap, Translation, Update, Walk
 from pgtable.walk128 import Changed, Run, Walk128, attempt, fetch16, par128, steps_of
@@ -99,7 +99,7 @@ class _Side:
             return stage2_walk128(fetch16(self.memory), self.p2, ipa, access, of, swap=self.swap)
         return stage2_walk(self.memory.fetch, self.p2, ipa, access, s1ptw=of.s1ptw, swap=self.swap)
 
-    def reach(self, ipa: int, how: Access, *, first: bool) -> int:
+    def reach(self, ipa: int, how: Access, *, first: bool) -> Stage2:
         """Where a stage 1 descriptor is; raises _Stage2Abort."""
         found = self.walk(ipa, how, Of(True, first, self.p.upper, self.assured))
         self.tables.append(found)
@@ -108,7 +108,7 @@ class _Side:
         if isinstance(fault, Fault):
             write = self.access.type in (AccessType.WRITE, AccessType.GCS_WRITE)  # of the access, not of the walk
             raise _Stage2Abort(fault._replace(write=write) if fault.type is FaultType.PERMISSION else fault)
-        return fault.pa
+        return fault
 
     def passed(self, protected: bool) -> None:
         """Stage 1 has read a descriptor, by the walk that is the last of `tables`."""
@@ -123,7 +123,7 @@ class _Narrow(_Through):
         super().__init__(side.memory, regs, va, side.swap)
         self._side, self.tables, self.updates = side, side.tables, side.updates
 
-    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> int:
+    def _reach(self, ipa: int, how: Access, above: list[RawStep]) -> Stage2:
         return self._side.reach(ipa, how, first=how is READ_TABLE and not self._raw)
 
     def _fetch(self, ipa: int) -> int:
@@ -162,10 +162,10 @@ class _Guest(Run):
         return word
 
     def _read(self, ipa: int) -> int:
-        return self._memory(self._side.reach(ipa, READ_TABLE, first=not self.raw))
+        return self._memory(self._side.reach(ipa, READ_TABLE, first=not self.raw).pa)
 
     def _write(self, ipa: int, old: int, new: int) -> bool:
-        pa = self._side.reach(ipa, WRITE_TABLE, first=False)
+        pa = self._side.reach(ipa, WRITE_TABLE, first=False).pa
         if self._side.swap and not self._side.swap(pa, old, new):
             return False
         self._side.updates.append(Update(pa, old, new))

@@ -30,6 +30,7 @@ from pgtable.registers import (
     MAIR,
     PA_BITS,
     SCR_EL3,
+    SCTLR2_EMEC,
     SCTLR_EL1,
     TCR2,
     TCR_EL1,
@@ -39,6 +40,7 @@ from pgtable.registers import (
     TTBR_52,
     Registers,
 )
+from pgtable.spaces import PASpace, state_space
 from pgtable.table_params import TableParams
 
 ONLY_D128 = "128-bit descriptors are for translate and pgtable.walk128 only"
@@ -106,6 +108,9 @@ class WalkParams(TableParams):
     mair: tuple[int, ...]
     rules: Rules
     overlays: RuleTable | None
+    space: PASpace | None  # the security state's own space; None without FEAT_RME
+    force_ng: bool  # TCR2.FNGn: no entry is global
+    amec_faults: bool  # a leaf in Realm memory with AMEC = 1 faults
 
     d128: ClassVar[bool] = False  # the descriptors have 128 bits
 
@@ -119,6 +124,11 @@ class WalkParams(TableParams):
                 raise ValueError(f"{'TCR' if regime is Regime.EL3 else 'TCR2'}_EL{regime.el}.D128 is 1: {ONLY_D128}")
             params = regs._params[regime, upper] = _read(regs, regime, upper)
         return params
+
+    @property
+    def through_el1(self) -> bool:
+        """The regime is EL1&0's, which has stage 2 above it."""
+        return self.regime is Regime.EL10
 
     @cached_property
     def ia_bits(self) -> int:
@@ -321,10 +331,17 @@ def _rules(regs: Registers, regime: Regime, pie: bool, wxn: bool, epan: bool) ->
     return indirect_rules(regs[f"PIR_EL{regime.el}"], pire0)
 
 
-def _asid(regs: Registers, el: int, tcr: View) -> int:
-    """The current ASID: from the TTBR that TCR.A1 names, 8 bits unless TCR.AS (pseudocode ASID_read)."""
-    asid = TTBR["ASID"].get(regs[f"TTBR{int(tcr.A1)}_EL{el}"])
+def _asid(regs: Registers, el: int, tcr: View, own: int | None) -> int:
+    """The current ASID: from the TTBR that TCR.A1 names, or the half's `own`; 8 bits unless TCR.AS (ASID_read)."""
+    asid = TTBR["ASID"].get(regs[f"TTBR{int(tcr.A1) if own is None else own}_EL{el}"])
     return asid if tcr.AS else asid & 0xFF
+
+
+def amec_refused(regs: Registers, regime: Regime, upper: bool) -> bool:
+    """EMEC = 1 and AMEC0 or AMEC1 = 0, for EL2 and EL2&0 in Realm state (pseudocode S1AMECFault)."""
+    scr, second = SCR_EL3.view(regs.SCR_EL3), _second(regs, regime)
+    on = regs.features.mec and scr.NSE and scr.NS and scr.SCTLR2En and SCTLR2_EMEC.get(regs.SCTLR2_EL2)
+    return bool(on and regime in (Regime.EL2, Regime.EL20) and not (second.AMEC1 if upper else second.AMEC0))
 
 
 def _mair(regs: Registers, el: int, aie: bool) -> tuple[int, ...]:
@@ -344,6 +361,7 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         """A field that a regime with two VA ranges has once for each, and another regime once."""
         return int(getattr(tcr, f"{field}{int(upper)}" if has_el0 else field))
 
+    space = state_space(f, regs.SCR_EL3, el)
     granule = granule_of(int(tcr.TG1 if upper else tcr.TG0), upper, f)
     d128 = d128_on(regs, regime)
     ds = bool(not d128 and f.lpa2 and granule is not Granule.K64 and tcr.DS)
@@ -383,11 +401,14 @@ def _read(regs: Registers, regime: Regime, upper: bool) -> WalkParams:
         fetch_cacheable=bool(sctlr.I),
         default_cacheable=bool(regime is Regime.EL10 and hcr.DC),
         through_stage2=regime is Regime.EL10 and stage2_on(regs),
-        secure=not SCR_EL3["NS"].get(regs.SCR_EL3),
-        asid=_asid(regs, el, tcr) if has_el0 else None,
+        secure=not SCR_EL3["NS"].get(regs.SCR_EL3) if space is None else space is PASpace.SECURE,
+        asid=_asid(regs, el, tcr, int(upper) if f.asid2 and second.A2 else None) if has_el0 else None,
         cnp=bool(TTBR["CnP"].get(regs[f"TTBR{int(upper)}_EL{el}"])),
         sh=int(tcr.SH1 if upper else tcr.SH0),
         mair=_mair(regs, el, aie),
         rules=overlaid(rules, overlay_levels) if overlays else rules,
         overlays=overlays,
+        space=space,
+        force_ng=bool(has_el0 and f.asid2 and (second.FNG1 if upper else second.FNG0)),
+        amec_faults=amec_refused(regs, regime, upper),
     )

@@ -24,7 +24,7 @@ from pgtable.features import Features
 from pgtable.params import _TCR, RANGE_BIT, Regime, WalkParams, _read, _second, d128_on, most_txsz
 from pgtable.permissions import RuleTable
 from pgtable.registers import HCR_EL2, PA_BITS, SCR_EL3, VTCR_EL2, Registers
-from pgtable.registers128 import SCTLR2_EMEC, TTBR0_EL3_D128, TTBR_128
+from pgtable.registers128 import TTBR0_EL3_D128, TTBR_128
 from pgtable.stage2 import Stage2Params, vtcr_d128
 from pgtable.stage2_rules import indirect_table
 from pgtable.table_params import TableParams
@@ -96,7 +96,6 @@ class WalkParams128(Tables128, WalkParams):
     fmt: Format128
     skl: int
     disch: bool
-    amec_faults: bool
     d128: ClassVar[bool] = True
 
     @classmethod
@@ -163,16 +162,8 @@ def _read128(regs: Registers, regime: Regime, upper: bool) -> WalkParams128:
         "wide_ttbr": False,
         "skl": int(ttbr["SKL"].get(p.ttbr)),
         "disch": bool(second.DisCH1 if upper else second.DisCH0),
-        "amec_faults": _amec_faults(regs, regime, upper),
     }
     return WalkParams128(**{field.name: getattr(p, field.name) for field in fields(WalkParams)} | own)
-
-
-def _amec_faults(regs: Registers, regime: Regime, upper: bool) -> bool:
-    """EMEC = 1 and AMEC0 or AMEC1 = 0, in Realm state's EL2&0 (pseudocode S1AMECFault; EL2 alone has 64-bit words)."""
-    scr, second = SCR_EL3.view(regs.SCR_EL3), _second(regs, regime)
-    on = regs.features.mec and scr.NSE and scr.NS and scr.SCTLR2En and SCTLR2_EMEC.get(regs.SCTLR2_EL2)
-    return bool(on and regime is Regime.EL20 and not (second.AMEC1 if upper else second.AMEC0))
 
 
 @dataclass(frozen=True, kw_only=True)

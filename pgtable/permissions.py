@@ -23,6 +23,7 @@ PR, PW, PX, PG, UR, UW, UX, UG = (1 << i for i in range(8))
 PRIVILEGED = PR | PW | PX | PG
 UNPRIVILEGED = UR | UW | UX | UG
 ALL = PRIVILEGED | UNPRIVILEGED
+EXECUTE = PX | UX | PG | UG  # what a leaf outside the state's own space loses (FEAT_RME)
 TO_UNPRIVILEGED = 4  # PR << 4 is UR, and so on
 
 

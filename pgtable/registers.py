@@ -16,6 +16,7 @@ from typing import Any
 from pgtable.bits import Field, Layout, address, bits, res0, res1
 from pgtable.controls import HCR_EL2, SCR_EL3, SCTLR_ALONE, SCTLR_EL1, flags
 from pgtable.features import CPUS, Features
+from pgtable.gpt_format import GPCCR_EL3, GPTBR_EL3, MFAR_EL3
 from pgtable.syndromes import EC, EC_DATA, EC_FETCH, ESR, FSC, PAR_FAULT, PAR_OK, SH
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "EC_FETCH",
     "ESR",
     "FSC",
+    "GPCCR_EL3",
+    "GPTBR_EL3",
     "HCR_EL2",
     "LAYOUTS",
     "MAIR",
+    "MFAR_EL3",
     "NAMES",
     "NIBBLES",
     "PAR_FAULT",
@@ -172,13 +176,15 @@ TCR2 = Layout(
         *flags((12, "AMEC0", "alternate MECID, lower range"), (13, "AMEC1", "alternate MECID, upper range")),
         *flags((14, "DisCH0", "no Contiguous bit in the first table, lower range")),
         *flags((15, "DisCH1", "no Contiguous bit in the first table, upper range")),
+        *flags((16, "A2", "each range has the ASID of its own TTBR (FEAT_ASID2)")),
         *flags(
-            (16, "FNG0", "entries are not global, lower range"), (17, "FNG1", "entries are not global, upper range")
+            (17, "FNG0", "entries are not global, lower range"), (18, "FNG1", "entries are not global, upper range")
         ),
-        *flags((18, "A2", "each range has an ASID of its own")),
         res0(63, 19),
     ),
 )
+
+SCTLR2_EMEC = bits("EMEC", 1, doc="memory encryption contexts are on (FEAT_MEC)")
 
 SL0 = {0: "start at level 2 (4K), 3 (16K, 64K)", 1: "start at level 1 (4K), 2 (16K, 64K)"}
 SL0 |= {2: "start at level 0 (4K), 1 (16K, 64K)", 3: "start at level 3 (4K), 0 (16K with DS)"}
@@ -269,6 +275,7 @@ LAYOUTS: dict[str, Layout] = {
     **{"VSTCR_EL2": VSTCR_EL2, "VSTTBR_EL2": VTTBR_EL2, "S2PIR_EL2": NIBBLES, "S2POR_EL1": NIBBLES},
     **{"SCTLR_EL1": SCTLR_EL1, "SCTLR_EL2": SCTLR_ALONE, "SCTLR_EL3": SCTLR_ALONE},
     **{"HCR_EL2": HCR_EL2, "SCR_EL3": SCR_EL3, "CONTEXTIDR_EL1": CONTEXTIDR_EL1},
+    **{"GPCCR_EL3": GPCCR_EL3, "GPTBR_EL3": GPTBR_EL3, "MFAR_EL3": MFAR_EL3},
     **dict.fromkeys(("TCR2_EL1", "TCR2_EL2"), TCR2),
     **dict.fromkeys(("TTBR0_EL1", "TTBR1_EL1", "TTBR0_EL2", "TTBR1_EL2", "TTBR0_EL3"), TTBR),
     **dict.fromkeys(("MAIR_EL1", "MAIR_EL2", "MAIR_EL3", "MAIR2_EL1", "MAIR2_EL2", "MAIR2_EL3"), MAIR),
@@ -287,7 +294,7 @@ NAMES: dict[str, int] = {
     **dict.fromkeys(("POR_EL0", "POR_EL1", "POR_EL2", "POR_EL3"), 0),
     **dict.fromkeys(("HCR_EL2", "SCR_EL3", "VTCR_EL2", "VTTBR_EL2", "CONTEXTIDR_EL1"), 0),
     **dict.fromkeys(("VSTCR_EL2", "VSTTBR_EL2", "S2PIR_EL2", "S2POR_EL1", "SCTLR2_EL2"), 0),
-    **dict.fromkeys(("PAN", "UAO"), 0),
+    **dict.fromkeys(("GPCCR_EL3", "GPTBR_EL3", "PAN", "UAO"), 0),
 }
 NAMES["HCR_EL2"] = 1 << 31  # RW: EL1 is AArch64
 NAMES["SCR_EL3"] = 0x501 | 1 << 43  # RW, HCE, NS; TCR2En

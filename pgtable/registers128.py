@@ -31,8 +31,6 @@ TTBR0_EL3_D128 = Layout(
     (*_LOW, address("BADDR", (55, 5), doc="table base address; bits below the table's size are 0"), res0(63, 56)),
 )
 
-SCTLR2_EMEC = bits("EMEC", 1, doc="memory encryption contexts are on (FEAT_MEC)")
-
 _D128 = (bits("D128", 64, doc="PAR_EL1 has the 128-bit form"),)
 PAR_OK_128 = Layout(
     "PAR_EL1 (F=0), 128-bit",

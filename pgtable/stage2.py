@@ -5,6 +5,8 @@ Rules of this file:
 - The order of checks is the pseudocode's AArch64.S2Translate: registers and range, tables, leaf, permissions.
 - What a leaf allows is in stage2_permissions.py, what stage 2 makes of stage 1's attributes in combine.py.
 - Secure state has two IPA spaces, each with its own root and size (VSTCR_EL2, VSTTBR_EL2 for the Secure one).
+- With FEAT_RME tables and outputs are in a physical address space; a Realm's guest neither executes outside Realm
+  space nor has its stage 1 tables there.
 Sources: pseudocode AArch64.GetS2TTWParams, S2StartLevel, S2InvalidSL, S2InconsistentSL, S2TTBaseAddress, S2Walk,
 S2CheckPermissions; Arm ARM D8.2 (concatenated tables), D8.6 (S2AP, XN).
 """
@@ -15,10 +17,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
-from pgtable.access import Access
+from pgtable.access import Access, AccessType
 from pgtable.combine import says_device
 from pgtable.descriptors import LAST_LEVEL, Format, Granule, Kind
-from pgtable.faults import Fault, FaultType
+from pgtable.faults import Fault, FaultType, GranuleRefusal
 from pgtable.features import Features
 from pgtable.memory import NoMemory
 from pgtable.params import ONLY_D128, Regime, granule_of, most_txsz, output_bits, stage2_on
@@ -34,6 +36,7 @@ from pgtable.registers import (
     VTTBR_EL2,
     Registers,
 )
+from pgtable.spaces import PASpace, state_space
 from pgtable.stage2_permissions import (
     ALL,
     READ,
@@ -91,6 +94,8 @@ class Stage2Params(TableParams):
     indirect: tuple[int, ...] | None = None  # by PIIndex: permissions (VTCR_EL2.S2PIE)
     overlays: tuple[int, ...] | None = None  # by POIndex (VTCR_EL2.S2POE)
     ipa_ns: bool = True  # of the Non-secure IPA space
+    ipa_space: PASpace | None = None  # the space of IPAs; None without FEAT_RME
+    table_space: PASpace | None = None  # where the tables are
     output_ns: bool = True  # PAs are Non-secure
     regime: Regime = Regime.EL10
     upper: bool = False
@@ -111,7 +116,8 @@ class Stage2Params(TableParams):
     @classmethod
     def _read(cls, regs: Registers, ns: bool) -> Stage2Params:
         f, hcr, vtcr = regs.features, HCR_EL2.view(regs.HCR_EL2), VTCR_EL2.view(regs.VTCR_EL2)
-        secure = not SCR_EL3["NS"].get(regs.SCR_EL3)
+        state = state_space(f, regs.SCR_EL3, 1)
+        secure = not SCR_EL3["NS"].get(regs.SCR_EL3) if state is None else state is PASpace.SECURE
         own = VTCR_EL2.view(regs.VSTCR_EL2) if secure and not ns else vtcr  # T0SZ, SL0, TG0, SL2: each space's own
         granule = granule_of(int(own.TG0), False, f)
         ds = bool(f.lpa2 and granule is not Granule.K64 and vtcr.DS)
@@ -145,8 +151,10 @@ class Stage2Params(TableParams):
             sh=int(vtcr.SH0),
             indirect=indirect(regs.S2PIR_EL2) if pie else None,
             overlays=indirect(regs.S2POR_EL1) if poe else None,
-            ipa_ns=ns or not secure,
-            output_ns=not secure or _leaves_secure(regs, ns),
+            ipa_ns=ns or (not secure and state is not PASpace.REALM),
+            ipa_space=PASpace.NONSECURE if state and ns else state,
+            table_space=state and (PASpace.NONSECURE if secure and _tables_nonsecure(regs, ns) else state),
+            output_ns=state is not PASpace.REALM and (not secure or _leaves_secure(regs, ns)),
         )
 
     @property
@@ -188,6 +196,14 @@ class Stage2Params(TableParams):
         """VTTBR_EL2."""
         return self.vttbr
 
+    def output_space(self, word: int) -> PASpace | None:
+        """The space that the leaf `word` outputs to; None without FEAT_RME (pseudocode S2NextWalkStateLeaf)."""
+        if self.ipa_space is None:
+            return None
+        if self.ipa_space is PASpace.REALM:
+            return PASpace.NONSECURE if self.page["NS"].get(word) else PASpace.REALM
+        return PASpace.NONSECURE if self.output_ns else PASpace.SECURE
+
     @property
     def why_off(self) -> str:
         """Why stage 2 translates nothing, "" if it does."""
@@ -207,6 +223,11 @@ def _leaves_secure(regs: Registers, ns: bool) -> bool:
     return bool(vstcr.SW or vstcr.SA or (ns and (vtcr.NSW or vtcr.NSA)))
 
 
+def _tables_nonsecure(regs: Registers, ns: bool) -> bool:
+    """In Secure state: the tables of an IPA space are in Non-secure memory (pseudocode SS2InitialTTWState)."""
+    return bool(VTCR_EL2.view(regs.VTCR_EL2).NSW if ns else VSTCR_EL2.view(regs.VSTCR_EL2).SW)
+
+
 def vtcr_d128(regs: Registers) -> bool:
     """Stage 2 has 128-bit descriptors: pgtable.d128."""
     return bool(regs.features.d128 and VTCR_EL2["D128"].get(regs.VTCR_EL2))
@@ -222,7 +243,7 @@ def _allowed(granule: Granule, sl: int, ds: bool, f: Features) -> bool:
 class Stage2(NamedTuple):
     """Where an IPA goes: `word` and `level` of the leaf (level None with stage 2 off).
 
-    `perms`: bits READ ... of stage2_permissions.py. `ns`: the PA is Non-secure.
+    `perms`: bits READ ... of stage2_permissions.py. `ns`: the PA is Non-secure. `space`: with FEAT_RME, whose it is.
     """
 
     pa: int
@@ -230,6 +251,7 @@ class Stage2(NamedTuple):
     word: int
     perms: int
     ns: bool = True
+    space: PASpace | None = None
 
 
 class Stage2Walk(NamedTuple):
@@ -278,7 +300,7 @@ def _translate(
     fetch: Fetch, p: Stage2Params, ipa: int, access: Access, s1ptw: bool, raw: list[RawStep], updates: list[Update]
 ) -> Stage2 | Fault:
     if not p.on:
-        return Stage2(ipa, None, 0, ALL, p.ipa_ns)
+        return Stage2(ipa, None, 0, ALL, p.ipa_ns, p.ipa_space)
     for ok, cause in ((p.txsz_ok, "T0SZ"), (p.sl_ok, "SL0"), (p.consistent, "SL0"), (not ipa >> p.ia_bits, "range")):
         if not ok:
             return _fault(FaultType.TRANSLATION, 0, s1ptw, cause)
@@ -291,6 +313,8 @@ def _translate(
             word = fetch(pa)
         except NoMemory:
             return _fault(FaultType.EXTERNAL_ON_WALK, level, s1ptw, "memory")
+        except GranuleRefusal as refusal:
+            return refusal.fault(level, stage=2, s1ptw=s1ptw)
         if p.big_endian:
             word = int.from_bytes(word.to_bytes(8, "big"), "little")
         raw.append((level, pa, word))
@@ -323,7 +347,9 @@ def _leaf(
     new = _updated(p, word, access, s1ptw)
     if new != word:
         updates.append(Update(at, word, new))
-    return Stage2(oa & -size | ipa & size - 1, level, word, permissions(p, word), p.output_ns)
+    space = p.output_space(word)
+    ns = p.output_ns if space is None else space is PASpace.NONSECURE
+    return Stage2(oa & -size | ipa & size - 1, level, word, permissions(p, word), ns, space)
 
 
 def _refused(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> Fault | None:
@@ -331,6 +357,8 @@ def _refused(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> Fault |
     need = needs(access, s1ptw)
     write = bool(need & WALK_WRITE) if s1ptw else access.asks_write
     for by_overlay, granted in ((True, overlay(p, word)), (False, base(p, word))):
+        if not by_overlay and _leaves_realm(p, word, access, s1ptw):
+            return _fault(FaultType.PERMISSION, 0, s1ptw, "Realm")
         missing = need & ~granted
         if missing:
             fault = _fault(FaultType.PERMISSION, 0, s1ptw, "permission", write=write and not missing & READ)
@@ -338,6 +366,13 @@ def _refused(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> Fault |
     if write and not p.hd and is_clean(p, word):
         return _fault(FaultType.PERMISSION, 0, s1ptw, "dirty", write=True)._replace(dirty_bit=True)
     return None
+
+
+def _leaves_realm(p: Stage2Params, word: int, access: Access, s1ptw: bool) -> bool:
+    """A Realm's guest would execute, or have a stage 1 table, outside Realm space."""
+    if p.ipa_space is not PASpace.REALM or not (s1ptw or access.type is AccessType.FETCH):
+        return False
+    return p.output_space(word) is not PASpace.REALM
 
 
 def is_device(p: Stage2Params, word: int) -> bool:

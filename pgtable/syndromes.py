@@ -11,6 +11,7 @@ from functools import cache
 
 from pgtable.bits import Field, Layout, Span, address, bits, ignored, res0, res1
 
+EC_GPC = 0x1E
 EC_FETCH, EC_DATA = 0x20, 0x24  # aborts from a lower EL; from the same EL it is one more
 EC = {
     0x00: "unknown reason: an undefined instruction, or a trap without a class",
@@ -39,7 +40,7 @@ EC = {
     0x1B: "trapped TSTART",
     0x1C: "pointer authentication failure",
     0x1D: "trapped SME access",
-    0x1E: "granule protection check",
+    EC_GPC: "granule protection check",
     EC_FETCH: "instruction abort from a lower EL",
     EC_FETCH + 1: "instruction abort from the same EL",
     0x22: "PC alignment fault",
@@ -64,7 +65,7 @@ EC = {
 }
 FETCHES = frozenset({EC_FETCH, EC_FETCH + 1})
 ABORTS = FETCHES | {EC_DATA, EC_DATA + 1}
-WITH_FAR = ABORTS | {0x1E, 0x22, 0x34, 0x35}  # classes that write FAR_ELx
+WITH_FAR = ABORTS | {EC_GPC, 0x22, 0x34, 0x35}  # classes that write FAR_ELx
 
 
 def _fsc() -> dict[int, str]:
@@ -98,6 +99,17 @@ def _fsc() -> dict[int, str]:
 
 
 FSC = _fsc()
+# Granule protection check status codes (Arm ARM, ISS encoding for a GPC exception).
+GPCSC = {
+    code | level: f"{what}, GPT level {level}"
+    for code, what in (
+        (0x00, "GPT address size fault"),
+        (0x04, "GPT walk fault"),
+        (0x0C, "granule protection fault"),
+        (0x14, "external abort on a GPT read"),
+    )
+    for level in (0, 1)
+}
 _ALWAYS = (
     bits("IL", 25, doc="32-bit instruction", values={0: "16-bit instruction", 1: "32-bit instruction, or not known"}),
     bits("EC", 31, 26, "exception class", EC),
@@ -166,6 +178,18 @@ _ISS: dict[int, tuple[Field, ...]] = {
         res0(24, 22),
     ),
     0x1C: (bits("Key", 1, 0, "key", {0: "IA", 1: "IB", 2: "DA", 3: "DB"}), res0(24, 2)),
+    EC_GPC: (
+        bits("xFSC", 5, 0, "fault status code", FSC),
+        bits("WnR", 6, doc="write, not read", values={0: "read", 1: "write"}),
+        bits("S1PTW", 7, doc="on a stage 1 walk, by stage 2's tables"),
+        bits("CM", 8, doc="cache maintenance or AT"),
+        res0(12, 9),
+        bits("VNCR", 13, doc="by VNCR_EL2"),
+        bits("GPCSC", 19, 14, "granule protection check status code", GPCSC),
+        bits("InD", 20, doc="fetch, not data", values={0: "data access", 1: "instruction fetch"}),
+        bits("S2PTW", 21, doc="the access was to a table of stage 2"),
+        res0(24, 22),
+    ),
     0x2F: (
         bits("DFSC", 5, 0, "data fault status code", {0: "uncategorised", 0x11: "asynchronous SError"}),
         res0(8, 6),

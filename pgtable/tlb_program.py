@@ -53,7 +53,7 @@ def parse_program(text: str) -> Program:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             parser.line(number, line.partition("#")[0].strip())
-        except ProgramError as error:
+        except ValueError as error:  # also of a field that cannot hold a number
             raise ProgramError(f"line {number}: {error}") from None
     return parser.program()
 

@@ -21,17 +21,18 @@ from pgtable.attributes import (
     NORMAL_WT,
     OUTER_SHAREABLE,
     DEVICE_nGnRnE,
-    MemoryAttributes,
     is_device,
 )
 from pgtable.bits import W
-from pgtable.descriptors import LAST_LEVEL, Format, Kind
-from pgtable.faults import Fault, FaultType
+from pgtable.descriptors import LAST_LEVEL, Kind
+from pgtable.faults import Fault, FaultType, GranuleRefusal
+from pgtable.gpt import GptWalk
 from pgtable.memory import NoMemory
 from pgtable.params import WalkParams
-from pgtable.permissions import ALL, PR, PW, TO_UNPRIVILEGED, with_overlay
-from pgtable.registers import PAR_OK
+from pgtable.permissions import ALL, EXECUTE, PR, PW, TO_UNPRIVILEGED, with_overlay
+from pgtable.spaces import AMEC, LEAF_NS, PASpace, leaf_space, outside
 from pgtable.table_params import TableParams
+from pgtable.translation import Translation as Translation
 
 Fetch = Callable[[int], int]
 Swap = Callable[[int, int, int], bool]
@@ -63,39 +64,6 @@ def in_memory(update: Update, big_endian: bool) -> Update:
     return Update(update.pa, old, new)
 
 
-class Translation(NamedTuple):
-    """Where an access goes. `word` and `level`: the leaf; level is None with the MMU off.
-
-    `attr`: memory attributes as a MAIR byte. `sh`: effective shareability. `perms`: permission bits of every level
-    (permissions.py), before PAN. `ns`: the output address is Non-secure.
-    """
-
-    pa: int
-    level: int | None
-    word: int
-    attr: int
-    sh: int
-    perms: int
-    nG: bool
-    ns: bool
-
-    @property
-    def attributes(self) -> MemoryAttributes:
-        """`attr` decoded: type, inner and outer cacheability, tagged, XS."""
-        return MemoryAttributes.of(self.attr)
-
-    @property
-    def guarded(self) -> bool:
-        """A guarded page: branches into it must land on BTI (FEAT_BTI). The bit is the same in every 64-bit format."""
-        return bool(self.word & _GP)
-
-    def par(self) -> int:
-        """PAR_EL1 after an AT instruction (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
-        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=1, PA=self.pa & PAR_OK["PA"].value_mask, ATTR=self.attr)
-
-
-_GP = Format().leaf(LAST_LEVEL)["GP"].mask
-
 RawStep = tuple[int, int, int]  # level, pa, word
 
 
@@ -103,6 +71,8 @@ class Walk:
     """One translation with its evidence: `result`, `steps`, `updates`. `print(walk)` shows every step."""
 
     __slots__ = ("__dict__", "access", "params", "raw", "result", "updates", "va")
+
+    granules: tuple[GptWalk, ...] = ()  # the granule protection checks made (FEAT_RME)
 
     def __init__(
         self,
@@ -156,33 +126,44 @@ class Walk:
         return f"<Walk {self.va:#x} {self.access}: {self.result}>"
 
 
-def walk(fetch: Fetch, p: WalkParams, va: int, access: Access, swap: Swap | None = None) -> Walk:
-    """The walk proper, for parameters already read. See `translate` (mmu.py)."""
+def walk(
+    fetch: Fetch, p: WalkParams, va: int, access: Access, swap: Swap | None = None, below_ns: Fetch | None = None
+) -> Walk:
+    """The walk proper, for parameters already read. See `translate` (mmu.py).
+
+    `below_ns`: reads the tables that NSTable puts in Non-secure memory, where that makes a difference.
+    """
     while True:
         raw: list[RawStep] = []
         updates: list[Update] = []
-        result = _translate(fetch, p, va, access, raw, updates)
+        result = _translate(fetch, p, va, access, raw, updates, below_ns)
         if swap is None or all(swap(*in_memory(update, p.big_endian)) for update in updates):
             return Walk(va, access, p, raw, result, tuple(updates))
         # Another observer changed a descriptor between read and write: hardware reads it again.
 
 
 def _translate(
-    fetch: Fetch, p: WalkParams, va: int, access: Access, raw: list[RawStep], updates: list[Update]
+    fetch: Fetch,
+    p: WalkParams,
+    va: int,
+    access: Access,
+    raw: list[RawStep],
+    updates: list[Update],
+    below_ns: Fetch | None,
 ) -> Translation | Fault:
     if not p.mmu_on:
         return _mmu_off(p, va, access)
     fault = _before_the_walk(p, va, access)
     if fault:
         return fault
-    leaf = _descend(fetch, p, va, raw, updates)
+    leaf = _descend(fetch, p, va, raw, updates, below_ns)
     if isinstance(leaf, Fault):
         return leaf
     level, pa, word, inherited = leaf
     oa_mask, offset = p.leaf_address[level]
     oa = word & oa_mask if oa_mask else p.output_address(level, word)
     if oa & p.over:
-        return _early_leaf_fault(p, level, word) or Fault(FaultType.ADDRESS_SIZE, level, cause="OA")
+        return _before_output(p, level, word) or Fault(FaultType.ADDRESS_SIZE, level, cause="OA")
     # All that is left depends on the leaf's attributes, not on its address: it is decided once and kept.
     key = word & ~oa_mask, level, inherited, access
     verdict = p.verdicts.get(key)
@@ -190,13 +171,14 @@ def _translate(
         verdict = p.verdicts[key] = _verdict(p, level, word, inherited, access)
     if isinstance(verdict, Fault):
         return verdict
-    changed, attr, sh, perms, ng, ns, run = verdict
+    changed, attr, sh, perms, ng, ns, space, run = verdict
     if changed:
         updates.append(Update(pa, word, word ^ changed))
     offset *= run
     if p.secure and any(w & p.ns_table for _, _, w in raw[:-1]):
         ns, ng = True, p.regime.has_el0  # Secure tables that led to Non-secure ones: the entry is not global
-    return Translation(oa & -offset | va & offset - 1, level, word, attr, sh, perms, ng, ns)
+        space = space and PASpace.NONSECURE
+    return Translation(oa & -offset | va & offset - 1, level, word, attr, sh, perms, ng, ns, space)
 
 
 class _Leaf(NamedTuple):
@@ -208,12 +190,13 @@ class _Leaf(NamedTuple):
     perms: int
     nG: bool
     ns: bool
+    space: PASpace | None
     run: int  # entries of the contiguous run whose offset comes from the VA; 1 for none
 
 
 def _verdict(p: WalkParams, level: int, word: int, inherited: int, access: Access) -> _Leaf | Fault:
     """Contiguous, nT, access flag, alignment, permission: in this order (pseudocode S1Walk, S1CheckPermissions)."""
-    fault = _early_leaf_fault(p, level, word)
+    fault = _before_output(p, level, word)
     if fault:
         return fault
     if not word & p.af and not p.ha:
@@ -254,7 +237,7 @@ def _before_the_walk(p: WalkParams, va: int, access: Access) -> Fault | None:
 
 
 def _descend(
-    fetch: Fetch, p: WalkParams, va: int, raw: list[RawStep], updates: list[Update]
+    fetch: Fetch, p: WalkParams, va: int, raw: list[RawStep], updates: list[Update], below_ns: Fetch | None
 ) -> tuple[int, int, int, int] | Fault:
     """From the root to the leaf: (level, descriptor PA, leaf, table attributes), or what stopped it."""
     table, inherited = p.base, 0
@@ -268,6 +251,8 @@ def _descend(
             word = fetch(pa)
         except NoMemory:
             return Fault(FaultType.EXTERNAL_ON_WALK, level)
+        except GranuleRefusal as refusal:
+            return refusal.fault(level)
         if big_endian:
             word = int.from_bytes(word.to_bytes(8, "big"), "little")
         raw.append((level, pa, word))
@@ -277,6 +262,8 @@ def _descend(
                 return Fault(FaultType.TRANSLATION, level, cause="descriptor")
             return level, pa, word, inherited & p.inherited_mask
         inherited |= word
+        if below_ns and word & p.ns_table:
+            fetch = below_ns
         table, above = word & table_mask if table_mask else p.table_address(word), level
         if haft and not word & p.table_af and not table & over:
             updates.append(Update(pa, word, word | p.table_af))
@@ -292,6 +279,14 @@ def _early_leaf_fault(p: TableParams, level: int, word: int) -> Fault | None:
     return None
 
 
+def _before_output(p: WalkParams, level: int, word: int) -> Fault | None:
+    """The checks of a stage 1 leaf that come before its output address: the early ones, then AMEC."""
+    fault = _early_leaf_fault(p, level, word)
+    if fault is None and p.amec_faults and not p.d128 and AMEC.get(word) and not LEAF_NS.get(word):
+        return Fault(FaultType.TRANSLATION, level, cause="AMEC")
+    return fault
+
+
 def leaf_permissions(p: WalkParams, word: W, inherited: W) -> tuple[W, W, W]:
     """Base and overlay permission bits of leaves under table attributes `inherited`, and whether PAN refuses them.
 
@@ -302,10 +297,18 @@ def leaf_permissions(p: WalkParams, word: W, inherited: W) -> tuple[W, W, W]:
     pan = rules.pan.at(index)
     if p.overlays is None:
         final: Any = rules.final.at(index)
-        return final, final | ALL, pan
+        return _inside(p, word, final), final | ALL, pan
     overlay = p.overlays.at(p.page["POIndex"].get(word))
     base, overlay = with_overlay(rules.base.at(index), rules.wxn.at(index), rules.overlayable.at(index), overlay)
-    return base, overlay, pan
+    return _inside(p, word, base), overlay, pan
+
+
+def _inside(p: WalkParams, word: W, base: Any) -> Any:
+    """Without execution where the leaf is outside the only space that the state may execute from (FEAT_RME)."""
+    if p.space is None:
+        return base
+    beyond: Any = outside(p.space, not p.through_el1, word)
+    return base & ~(EXECUTE * beyond) if isinstance(beyond, int) else base & ~(beyond * EXECUTE).astype(base.dtype)
 
 
 def overlay_under_pan(p: WalkParams, word: W, overlay: Any) -> Any:
@@ -358,13 +361,15 @@ def _updated(p: WalkParams, word: int, access: Access) -> int:
 def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: Access, attr: int, perms: int) -> _Leaf:
     attr = _effective_attr(p, access, attr)
     run = p.run_length(level) if p.features.contiguous_output and word & p.contiguous else 1
+    space = p.space and leaf_space(p.space, not p.through_el1, p.features.rme_secure, word)
     return _Leaf(
         changed=_updated(p, word, access) ^ word,
         attr=attr,
         sh=OUTER_SHAREABLE if FORCED_OUTER[attr] else p.sh if p.fmt.lpa2 else p.page["SH"].get(word),
         perms=perms,
-        nG=bool(p.regime.has_el0 and word & p.ng),
-        ns=not p.secure or bool(word & p.ns),
+        nG=bool(p.regime.has_el0 and (p.force_ng or word & p.ng)),
+        ns=space is PASpace.NONSECURE if space else not p.secure or bool(word & p.ns),
+        space=space,
         run=run,
     )
 
@@ -397,4 +402,5 @@ def _mmu_off(p: WalkParams, va: int, access: Access) -> Translation | Fault:
     if not fetch and not access.aligned and is_device(attr):
         return Fault(FaultType.ALIGNMENT, 0)
     pa = va & (1 << p.features.pa_bits) - 1
-    return Translation(pa, None, 0, attr, sh, ALL, False, not p.secure)
+    ns = p.space is PASpace.NONSECURE if p.space else not p.secure
+    return Translation(pa, None, 0, attr, sh, ALL, False, ns, p.space)

@@ -48,6 +48,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+DEEPEST = 100  # parentheses and nots, which may stand inside each other
 _TOKEN = re.compile(r"\s*(?:(==|!=|<=|>=|<|>|\(|\))|([\w.-]+)|(\S))")
 
 
@@ -66,6 +67,8 @@ class _Parser:
             if other:
                 raise ValueError(f"condition {expression!r}: {other!r} has no meaning there")
             self.tokens.append(symbol or word)
+        if sum(token in ("(", "not") for token in self.tokens) > DEEPEST:
+            raise self._error(f"there are more than {DEEPEST} parentheses and nots")
 
     def parsed(self) -> Flags:
         """The whole expression."""

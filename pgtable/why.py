@@ -20,6 +20,7 @@ from pgtable.faults import Fault, FaultType
 from pgtable.params import Regime, WalkParams
 from pgtable.permissions import RuleTable, direct_rules, letters
 from pgtable.registers import SH
+from pgtable.spaces import AMEC
 from pgtable.walk import Step, Translation, Walk, walk
 
 
@@ -75,6 +76,8 @@ def _named_bits(found: Walk, fault: Fault) -> Iterator[Decider]:
         )
         place = f"{field} (bit{'s' if ':' in field.bits else ''} {field.bits})"
         yield _at(step, field, f"{place}{limit}" if limit else f"{field.name} is 1")
+    elif fault.cause == "AMEC":
+        yield _at(found.steps[-1], AMEC, "AMEC is 1, and TCR2_EL2 allows no alternate context")
     elif fault.cause == "table":
         step = found.steps[-1]
         field = found.params.fmt.table(step.level)["TA"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pgtable.bits import Field
     from pgtable.stage2 import Stage2Walk
 
-_PERMISSION_FIELDS = ("S2AP", "DBM", "XN", "PIIndex", "POIndex", "Dirty")
+_PERMISSION_FIELDS = ("S2AP", "DBM", "XN", "PIIndex", "POIndex", "Dirty", "NS")
 _BEFORE = {
     "T0SZ": "VTCR_EL2.T0SZ is out of range",
     "SL0": "VTCR_EL2.SL0 is reserved, or does not go with T0SZ",

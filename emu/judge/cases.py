@@ -14,17 +14,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from random import Random
 
-from emu.judge.corpus import Case
+from emu.judge.corpus import RME_CPU, Case
 from emu.judge.draw import ALL_GRANULES, NO_FETCH, Draw, Kind, granules_of
+from emu.judge.draw_rme import RME_KINDS, protected
 from emu.judge.draw_stage2 import STAGE2_KINDS, DrawStage2
 from emu.judge.trees import Style
 
-__all__ = ["KINDS", "TRAPS", "Kind", "kinds", "random_case"]
+__all__ = ["GRANULES", "KINDS", "TRAPS", "Kind", "granule_names", "kinds", "random_case"]
+
+GRANULES: Mapping[str, int] = {"4K": 12, "16K": 14, "64K": 16}
+"""The granules by name: log2 of the page size."""
 
 TRAPS: Mapping[str, frozenset[str]] = {
     "7.2": frozenset({"block level", "sharing", "PAN3", "small root", "root beyond 48 bits", "EL2 syndrome"})
     | {"stage 2 by PS", "Secure stage 2"},
-    "10.0": frozenset({"small root", "root beyond 48 bits"}),
+    "10.0": frozenset({"small root", "root beyond 48 bits", "GPC2"}),
     "11.1": frozenset({"AT of a clean page"}),
 }
 """Mistakes, or missing features, of a QEMU version that cases can keep clear of.
@@ -39,6 +43,7 @@ stage 2 by PS        has no IPAs beyond VTCR_EL2.PS, asks PS, not the CPU's PA s
                      root at level -1 (4K) or 0 (16K)
 Secure stage 2       looks for stage 1's Secure tables in the Non-secure IPA space
 EL2 syndrome         sets ISV in the syndrome of an access at EL2
+GPC2                 has no FEAT_RME_GPC2
 AT of a clean page   reports a permission fault for an AT write to a page that hardware would make dirty
 
 What cases cannot keep clear of: 7.2 and 10.0 let an AT instruction set the access flag and make a page dirty, 11.1
@@ -95,6 +100,7 @@ KINDS: Mapping[str, Kind] = {
     "acc-el20": Kind(ALL_GRANULES, "EL20", access=True, style=REAL, needs=("TTBR1_EL2",), traps=("EL2 syndrome",)),
     "acc-swp": Kind(ALL_GRANULES, access=True, style=REAL, more_ops=("SWP1", "SWP0"), needs=("SWP1",)),
     **STAGE2_KINDS,
+    **RME_KINDS,
 }  # fmt: skip
 
 
@@ -107,12 +113,25 @@ def kinds(have: Collection[str], avoid: Collection[str] = (), cpu: str = "max") 
     ]
 
 
-def random_case(rng: Random, kind: str, *, cpu: str = "max", avoid: Collection[str] = ()) -> Case:
-    """A case of `kind` for a CPU model, with about 200 queries or more, clear of the traps in `avoid`.
+def granule_names(kind: str, among: Collection[str] = tuple(GRANULES)) -> list[str]:
+    """The granules that a kind is about, by name."""
+    return [name for name, shift in GRANULES.items() if name in among and shift in KINDS[kind].granules]
 
-    Raises ValueError if the CPU has no granule that the kind is about.
+
+def random_case(
+    rng: Random, kind: str, *, cpu: str | None = None, avoid: Collection[str] = (), granules: Collection[str] = ()
+) -> Case:
+    """A case of `kind` with about 200 queries or more, clear of the traps in `avoid`, for a CPU model that it suits.
+
+    `granules`: only these ("4K"), in both halves; () for all that the kind is about.
+    Raises ValueError if none of them is the CPU's and the kind's.
     """
-    if not granules_of(KINDS[kind], cpu):
+    row = KINDS[kind]
+    cpu = cpu or (RME_CPU if row.rme else "max")
+    if granules:
+        row = replace(row, granules=tuple(GRANULES[name] for name in granule_names(kind, granules)))
+    if not granules_of(row, cpu):
         raise ValueError(f"{cpu} has none of the granules of {kind}")
-    draw = DrawStage2 if KINDS[kind].stage2 else Draw
-    return draw(rng, kind, KINDS[kind], cpu, frozenset(avoid)).case()
+    draw = DrawStage2 if row.stage2 else Draw
+    case = draw(rng, kind, row, cpu, frozenset(avoid)).case()
+    return protected(rng, case, row, extended="GPC2" not in avoid) if row.rme else case

@@ -17,8 +17,9 @@ fetches; an answer is DONE or the syndrome. Fields of a record, and what becomes
     par       AT cases: {version: answers}: a hex PAR_EL1; bit 64 set: the AT took an exception, ESR in the low bits;
               null: the guest died of this query. "=": the same list as the first version; null: not asked
     acc       access cases, the same with 0 (done), null (not tried), [esr, far, hpfar] in hex; bit 63 of esr: the
-              exception went to EL2. A syndrome of external abort, not on a walk (DFSC 0x10), says that the
-              translation succeeded and nothing is at the PA
+              exception went to EL2; bit 62: a granule protection check
+              exception, taken to EL3, and MFAR_EL3 instead of hpfar. A syndrome of external
+              abort, not on a walk (DFSC 0x10), says that the translation succeeded and nothing is at the PA
     after     {version: {address: hex word}}: the table words that the hardware changed in the whole case, or "="
     half      access cases: 0 or 1, the TTBR under test. The other one belongs to the program that asks: 4K granule,
               TxSZ=25, root table at HANDLER, VBAR_EL1 in it (regs says so); no query goes there
@@ -34,13 +35,37 @@ import functools
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
+from emu import jsontext, writing
+
 __all__ = [
-    "DEFAULTS", "DONE", "EXC", "HANDLER", "HANDLER_VA", "ISLANDS", "PA_BITS", "PROGRAM_PAGE", "TABLES", "TO_EL2",
-    "Answer", "Case", "CorpusError", "Query", "dump", "has_ram", "is_safe", "islands", "load", "loads", "save",
+    "DEFAULTS",
+    "DONE",
+    "EXC",
+    "HANDLER",
+    "HANDLER_VA",
+    "ISLANDS",
+    "PA_BITS",
+    "PROGRAM_PAGE",
+    "RME_CPU",
+    "TABLES",
+    "TO_EL2",
+    "TO_EL3",
+    "Answer",
+    "Case",
+    "CorpusError",
+    "Query",
+    "dump",
+    "has_ram",
+    "is_safe",
+    "islands",
+    "load",
+    "loads",
+    "save",
 ]  # fmt: skip
 
 EXC = 1 << 64
@@ -49,6 +74,10 @@ DONE = 0
 """The answer of an access that was done."""
 TO_EL2 = 1 << 63
 """Set in the ESR of an access whose exception went to EL2."""
+TO_EL3 = 1 << 62
+"""Set in the ESR of an access that ended in a granule protection check exception, taken to EL3: FAR and MFAR follow."""
+RME_CPU = "max,x-rme=on"
+"""The CPU model with granule protection (FEAT_RME)."""
 
 Syndrome: TypeAlias = tuple[int, int, int]
 Answer: TypeAlias = int | Syndrome | None
@@ -71,6 +100,7 @@ TABLES = 0x4180_0000
 PA_BITS = {
     "max": 52,
     "max,lpa2=off": 52,
+    "max,x-rme=on": 52,
     "neoverse-n1": 48,
     "neoverse-v1": 48,
     "cortex-a57": 44,
@@ -206,9 +236,7 @@ def loads(lines: Iterable[str], name: str = "corpus") -> Iterator[Case]:
             continue
         empty = False
         try:
-            yield _case(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise CorpusError(f"{name}, line {number}: not JSON: {e}") from None
+            yield _case(_json(line))
         except _RecordError as e:
             raise CorpusError(f"{name}, line {number}: {e}") from None
     if empty:
@@ -217,6 +245,13 @@ def loads(lines: Iterable[str], name: str = "corpus") -> Iterator[Case]:
 
 class _RecordError(Exception):
     """What is wrong with a record; `loads` adds where."""
+
+
+def _json(line: str) -> object:
+    try:
+        return jsontext.loads(line)
+    except ValueError as e:
+        raise _RecordError(f"not JSON: {e}") from None
 
 
 def _case(record: object) -> Case:
@@ -228,6 +263,9 @@ def _case(record: object) -> Case:
         raise _RecordError(f"cpu {cpu!r} is not one of {', '.join(PA_BITS)}")
     queries = _queries(_text(record, "q"), _get(record, "ops", list))
     answers = _answers(_get(record, "acc" if access else "par", dict), len(queries), _outcome if access else _par)
+    ref = _text(record, "ref") if "ref" in record else None
+    if ref is not None and ref not in answers:
+        raise _RecordError(f"ref {_shown(ref)} is none of the versions that answered: {', '.join(answers)}")
     return Case(
         id=_text(record, "id"),
         kind=_text(record, "kind"),
@@ -237,7 +275,7 @@ def _case(record: object) -> Case:
         queries=queries,
         answers=answers,
         after=_after(_get(record, "after", dict)),
-        ref=_text(record, "ref") if "ref" in record else None,
+        ref=ref,
         half=_bit(record, "half") if access else None,
         pan=_bit(record, "pan") if access else 0,
         code_ipa=_hex(record["code_ipa"], "code_ipa") if "code_ipa" in record else None,
@@ -363,8 +401,8 @@ def dump(case: Case) -> str:
 def save(path: str | Path, cases: Iterable[Case]) -> int:
     """Write a corpus, xz if the name ends in .xz; returns how many cases it has."""
     packed = str(path).endswith(".xz")
-    with lzma.open(path, "wt", encoding="utf-8") if packed else open(path, "w", encoding="utf-8") as f:
-        return sum(1 for case in cases if f.write(dump(case) + "\n"))
+    with writing.replacing(path) as file, lzma.open(file, "wb") if packed else nullcontext(file) as f:
+        return sum(1 for case in cases if f.write(f"{dump(case)}\n".encode()))
 
 
 def _hex_words(words: Mapping[int, int]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 
-from emu.judge.corpus import DEFAULTS, HANDLER, HANDLER_VA, PA_BITS, PROGRAM_PAGE, Case, Query
+from emu.judge.corpus import DEFAULTS, HANDLER, HANDLER_VA, PA_BITS, PROGRAM_PAGE, RME_CPU, Case, Query
 from emu.judge.trees import OUTER, Grower, Space, Style, Target
 
 __all__ = ["ALL_GRANULES", "NO_FETCH", "Draw", "Kind", "granules_of", "mair_of"]
@@ -34,6 +34,7 @@ class Kind:
     access: bool = False
     edge: bool = False
     stage2: bool = False
+    rme: bool = False
     no_ops: tuple[str, ...] = ()
     more_ops: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ NO_FETCH = ("EX1", "EX0", "EX2")
 
 def granules_of(kind: Kind, cpu: str) -> list[int]:
     """The granules of a kind that a CPU model has; none where the kind does not suit it."""
-    if kind.stage2 and cpu != "max":
+    if kind.rme != (cpu == RME_CPU) or (kind.stage2 and cpu not in ("max", RME_CPU)):
         return []
     return [shift for shift in kind.granules if shift != 14 or cpu not in NO_16K]
 
@@ -82,6 +83,7 @@ SCTLR_M, SCTLR_C, SCTLR_I, SCTLR_WXN, SCTLR_EE, SCTLR_EPAN = 1, 1 << 2, 1 << 12,
 TAMPERED_SCTLR = (SCTLR_C, SCTLR_WXN, SCTLR_EE)
 HCR_E2H_TGE_RW = 1 << 34 | 1 << 27 | 1 << 31
 SCR_NS = 1
+NSE = 1 << 11  # with NS = 0, in a leaf of EL3: Root
 TCR2_PIE, TCR2_AIE = 1 << 1, 1 << 4
 MAIR_BYTES = (0x00, 0x04, 0x08, 0x0C, 0x11, 0x33, 0x44, 0x4F, 0x77, 0x7F, 0x88, 0xAA, 0xBB, 0xEE, 0xF4, 0xFF)
 NAMES: Mapping[str, str] = {"EL10": "EL1", "EL20": "EL2", "EL2": "EL2", "EL3": "EL3"}
@@ -115,7 +117,7 @@ class Draw:
         self.rng, self.name, self.cpu, self.avoid = rng, name, cpu, avoid
         self.kind = kind
         self.model = cpu.partition(",")[0]
-        self.lpa2 = cpu == "max"
+        self.lpa2 = cpu in ("max", RME_CPU)
         fits = [ps for ps, bits in enumerate(PS_BITS) if bits <= PA_BITS[cpu]]
         self.ps = rng.choice(kind.ps)
         self.effective_ps = min(self.ps, fits[-1])
@@ -192,7 +194,7 @@ class Draw:
         small = "small root" in self.avoid and 8 * space.entries(space.start) < 64
         root = grower.table(space, size, limit=50 if small else 52)
         if self.kind.regime == "EL3":
-            grower.map_page(space, root, PROGRAM_PAGE, PROGRAM_PAGE)
+            grower.map_page(space, root, PROGRAM_PAGE, PROGRAM_PAGE, NSE if self.kind.rme else 0)
         grower.grow(space, root, 22 if self.kind.upper and self.half is None else 40)
         if self.kind.regime != "EL3" and rng.random() < 0.1:
             limit = 48 if "root beyond 48 bits" in self.avoid else space.field_bits

@@ -102,6 +102,16 @@ other:	msr	sctlr_el3, x19
 	ret
 	.endm
 
+	.macro	result name, code=none		// not an identity: what the last exception left
+	line	"READ \name"
+	.ifc	\code, none
+	mrs	x0, \name
+	.else
+	mrs	x0, \code
+	.endif
+	ret
+	.endm
+
 	.macro	at_op name, op1, crm, op2
 	line	"AT \name"
 	sys	#\op1, c7, c\crm, #\op2, x1
@@ -157,6 +167,11 @@ directory:
 	tlbi	alle1
 	tlbi	alle2
 	tlbi	alle3
+	dsb	sy
+	isb
+	ret
+	line	"TLBI PAALL"			// what granule protection checks remember, and the walks' reads of tables
+	sys	#6, c8, c7, #4
 	dsb	sy
 	isb
 	ret
@@ -222,6 +237,11 @@ leave:	ldr	x11, [x20, #40]			// to EL0, EL1 or EL2; comes back through `lower`
 	register SCTLR2_EL3, s3_6_c1_c0_3
 	register MAIR2_EL3, s3_6_c10_c1_1
 	register PIR_EL3, s3_6_c10_c2_3
+	register GPTBR_EL3, s3_6_c2_c1_4
+	register GPCCR_EL3, s3_6_c2_c1_6
+
+	result	FAR_EL3
+	result	MFAR_EL3, s3_6_c6_c0_5
 
 	identity MIDR_EL1
 	identity ID_AA64PFR0_EL1

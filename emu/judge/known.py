@@ -7,16 +7,21 @@ row explains is unexplained.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
+from emu.judge import known_rme as rme
 from emu.judge import known_stage2 as stage2
-from emu.judge.corpus import BASE_RAM, EXC, Answer, Case
-from pgtable import AccessType, FaultType, Granule, NestedWalk, Translation, Walk
+from emu.judge.corpus import BASE_RAM, DONE, EXC, TO_EL2, Answer, Case
+from pgtable import CPUS, AccessType, FaultType, Granule, NestedWalk, Translation, Walk
 from pgtable.attributes import MemoryAttributes, forced_outer, is_device
 from pgtable.descriptors import LAST_LEVEL
 from pgtable.faults import fault_code
-from pgtable.registers import PAR_FAULT, PAR_OK
+from pgtable.registers import ESR, PAR_FAULT, PAR_OK
+from pgtable.walk import leaf_permissions, walk
 
 
 class Context(NamedTuple):
@@ -67,16 +72,22 @@ class Known(NamedTuple, Generic[C]):
     applies: Callable[[C], bool]
 
 
+def _went_on(c: Context) -> bool:
+    """The judge did not see the model's address size fault of a descriptor; what it met further down may be one."""
+    fault = c.walk.fault
+    if fault is None or not c.address_size:
+        return False
+    return not any(c.judge_faults(FaultType.ADDRESS_SIZE, level=level) for level in range(-1, fault.level + 1))
+
+
 def _high_bits_64k(c: Context) -> bool:
     p = c.walk.params
-    ignored = c.address_size and not c.judge_faults(FaultType.ADDRESS_SIZE)
-    return ignored and p.fmt.granule is Granule.K64 and p.ps_bits < 52 and bool(c.last & 0xF << 12)
+    return _went_on(c) and p.fmt.granule is Granule.K64 and p.ps_bits < 52 and bool(c.last & 0xF << 12)
 
 
 def _high_bits_ds(c: Context) -> bool:
     p = c.walk.params
-    ignored = c.address_size and not c.judge_faults(FaultType.ADDRESS_SIZE)
-    return ignored and p.fmt.lpa2 and p.ps_bits < 52 and bool(c.last & 3 << 8)
+    return _went_on(c) and p.fmt.lpa2 and p.ps_bits < 52 and bool(c.last & 3 << 8)
 
 
 def _clean_page_write(c: Context) -> bool:
@@ -120,15 +131,35 @@ def _block_level(c: Context) -> bool:
     p = c.walk.params
     if c.case.reference != stage2.OLD or fault is None or fault.cause != "descriptor" or c.last & 3 != BLOCK:
         return False
-    taken = fault.level == -1 or (not p.fmt.ds and (p.fmt.granule, fault.level) in TAKEN_BY_OLD)
+    taken = (p.fmt.granule, fault.level) in TAKEN_BY_OLD
     return taken and not c.judge_faults(FaultType.TRANSLATION, level=fault.level)
+
+
+def _pan_before_wxn(c: Context) -> bool:
+    fault, p = c.walk.fault, c.walk.params
+    if fault is None or fault.type is not FaultType.PERMISSION or c.walk.access.type is not AccessType.FETCH or p.pie:
+        return False
+    *tables, (_, _, leaf) = c.walk.raw
+    inherited = functools.reduce(operator.or_, (word for _, _, word in tables), 0) & p.inherited_mask
+    refused_by_pan = leaf_permissions(p, leaf, inherited)[2]
+    without = replace(p, rules=p.rules._replace(final=p.rules.base))
+    words = {pa: word for _, pa, word in c.walk.raw}
+    by_wxn = walk(words.__getitem__, without, c.walk.va, c.walk.access).ok
+    return _executed(c.judge) and by_wxn and p.pan and bool(refused_by_pan)
+
+
+def _executed(judge: Answer) -> bool:
+    """The judge let a fetch pass, whether or not something was there."""
+    return judge == DONE or (isinstance(judge, tuple) and ESR["FSC"].get(judge[0] & ~TO_EL2) == NOT_ON_WALK)
 
 
 def _raw_sharing(c: Context) -> bool:
     return c.case.reference == stage2.OLD and c.only("SH") and isinstance(c.model, int) and forced_outer(c.model >> 56)
 
 
-TAKEN_BY_OLD = {(Granule.K4, 0), (Granule.K16, 1), (Granule.K16, 0)}  # without DS there are no blocks here
+# Where the model says that there are no blocks: at levels 0 of 4K and 1 of 16K only without DS.
+TAKEN_BY_OLD = {(Granule.K4, -1), (Granule.K4, 0), (Granule.K16, 0), (Granule.K16, 1)}
+NOT_ON_WALK = 0x10  # FSC of an external abort on the access itself: it was translated
 BLOCK = 1  # bits [1:0] of a block descriptor
 
 KNOWN: tuple[Known[Context], ...] = (
@@ -177,7 +208,8 @@ KNOWN: tuple[Known[Context], ...] = (
     Known(
         "T16",
         "QEMU 7.2",
-        "a block is legal only at the levels of BlockDescSupported (4K: 0 only with DS = 1, 16K: 1 only with DS = 1): "
+        "a block is legal only at the levels of BlockDescSupported (4K: not -1, 0 only with DS = 1; 16K: not 0, 1 only "
+        "with DS = 1): "
         "elsewhere a translation fault; 7.2 takes it",
         _block_level,
     ),
@@ -193,6 +225,13 @@ KNOWN: tuple[Known[Context], ...] = (
         "QEMU's virt machine",
         "below RAM the Secure state of the machine has flash memory: a walk that lands there reads it",
         _low_memory,
+    ),
+    Known(
+        "T27",
+        "QEMU 10.0 and 11.1",
+        "PSTATE.PAN does not concern fetches (CreateAccDescIFetch), and WXN looks at the write permission without it "
+        "(S1DirectBasePermissions); QEMU lets PAN take it first, and then executes",
+        _pan_before_wxn,
     ),
 )
 
@@ -278,6 +317,63 @@ KNOWN_NESTED: tuple[Known[stage2.Context], ...] = (
 )
 
 
+KNOWN_RME: tuple[Known[rme.Context], ...] = (
+    Known(
+        "T28",
+        "QEMU 10.0 and 11.1",
+        "an AT instruction that meets a granule protection fault other than a refusal takes the exception to EL3 "
+        "(AArch64.AT); QEMU reports it in PAR_EL1",
+        rme.not_taken,
+    ),
+    Known(
+        "T29",
+        "QEMU 10.0 and 11.1",
+        "a granule that refuses a descriptor of stage 1 is stage 1's fault, at the level of that descriptor (S1Walk, "
+        "FetchDescriptor); QEMU reports one of stage 2 on the walk of stage 1, at some level",
+        rme.of_stage2,
+    ),
+    Known(
+        "T30",
+        "QEMU 10.0 and 11.1",
+        "MFAR_EL3 holds PA[55:12], bits [11:0] are RES0 (AArch64.FaultSyndrome); QEMU's has all of the PA",
+        rme.mfar_offset,
+    ),
+    Known(
+        "T31",
+        "QEMU 10.0 and 11.1",
+        "PAR_EL1.NS is 0 for a Realm's own space, and after an AT of EL3 NSE tells Root and Realm from Secure and "
+        "Non-secure (EncodePAR); QEMU's NS is 1 for Non-secure and Realm, its NSE always",
+        rme.par_space,
+    ),
+    Known(
+        "T32",
+        "QEMU 10.0 and 11.1",
+        "a GPI that is reserved makes its whole entry of sixteen granules invalid (GPTWalk); QEMU looks at one of them",
+        rme.unread_gpi,
+    ),
+    Known(
+        "T33",
+        "QEMU 10.0 and 11.1",
+        "VSTCR_EL2.SA and VTCR_EL2.NSA make all that stage 2 outputs Non-secure, tables of stage 1 too "
+        "(SS2OutputPASpace, S2Walk); QEMU reads those tables in the Secure space",
+        rme.table_of_secure,
+    ),
+    Known(
+        "T34",
+        "QEMU 10.0 and 11.1",
+        "GPCSC has the level of the granule protection table (AArch64.FaultSyndrome); for a fault on a walk QEMU's has "
+        "that of the translation table, and QEMU ends with a failed assertion where it is above 1",
+        rme.level_of_walk,
+    ),
+    Known(
+        "T35",
+        "QEMU 11.1",
+        "with HCR_EL2.GPF a granule that refuses goes to EL2 (RouteToEL2), a Non-secure Only one too; QEMU leaves it at EL1",
+        rme.refused_nonsecure_only,
+    ),
+)
+
+
 def explain_update(walks: Iterable[Walk | None], pa: int, judge: int | None, model: int | None) -> str:
     """The same for the word at `pa` after a whole case: None is a word that did not change."""
     nested = (walk for walk in walks if isinstance(walk, NestedWalk))
@@ -288,6 +384,11 @@ def explain(case: Case, walk: Walk | None, judge: Answer, model: Answer) -> str:
     """The name of the first row that explains a disagreement, "" if none does."""
     if walk is None:
         return ""
+    if CPUS[case.cpu].rme:
+        granules = rme.Context(case, walk, judge, model)
+        found = next((row.name for row in KNOWN_RME if row.applies(granules)), "")
+        if found:
+            return found
     if isinstance(walk, NestedWalk):
         nested = stage2.Context(case, walk, judge, model)
         return next((row.name for row in KNOWN_NESTED if row.applies(nested)), "")

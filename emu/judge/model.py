@@ -13,12 +13,11 @@ from functools import cache
 
 import numpy as np
 
-from emu.judge.corpus import DONE, EXC, TO_EL2, Answer, Case, islands
+from emu.judge.corpus import DONE, EXC, TO_EL2, TO_EL3, Answer, Case, islands
 from pgtable import (
     CPUS,
     Access,
     Fault,
-    FaultType,
     NestedMany,
     NestedWalk,
     PhysicalMemory,
@@ -29,9 +28,10 @@ from pgtable import (
     translate,
     translate_many,
 )
-from pgtable.at import OPERATIONS, external_abort
+from pgtable.at import OPERATIONS, external_abort, takes_exception
 from pgtable.bits import Words
 from pgtable.bulk import Many
+from pgtable.gpc import abort_el, gpc_esr, is_gpc_exception, mfar
 from pgtable.mmu import branch_target
 from pgtable.registers import NAMES
 from pgtable.walk import Swap
@@ -126,7 +126,7 @@ def by_walk(case: Case) -> Answered:
                 continue
             walk = _walk(case, memory, regs, va, op, swap)
             walks.append(walk)
-            answers.append(_syndrome(walk) if case.is_access else _par(walk))
+            answers.append(_syndrome(walk, regs) if case.is_access else _par(walk))
     return Answered(tuple(answers), tuple(walks), touched)
 
 
@@ -142,17 +142,21 @@ def _walk(case: Case, memory: PhysicalMemory, regs: Registers, va: int, op: str,
 def _par(walk: Walk) -> int:
     if not isinstance(walk.result, Fault):
         return walk.result.par()
-    if walk.result.type is FaultType.EXTERNAL_ON_WALK:
+    if takes_exception(walk):
         return EXC | external_abort(walk)
     return walk.result.par()
 
 
-def _syndrome(walk: Walk) -> Answer:
-    if walk.fault is None:
+def _syndrome(walk: Walk, regs: Registers) -> Answer:
+    fault, el = walk.fault, walk.access.el
+    if fault is None:
         return DONE
-    if isinstance(walk, NestedWalk) and walk.fault.stage == 2:
-        return TO_EL2 | walk.fault.esr(walk.access, target_el=2), walk.va, walk.hpfar
-    return walk.fault.esr(walk.access), walk.va, 0
+    if is_gpc_exception(fault, regs, el):
+        return TO_EL3 | gpc_esr(fault, walk.access), walk.va, mfar(fault)
+    if abort_el(fault, regs, el) == 2 and el < 2:
+        hpfar = walk.hpfar if isinstance(walk, NestedWalk) else 0
+        return TO_EL2 | fault.esr(walk.access, target_el=2), walk.va, hpfar
+    return fault.esr(walk.access), walk.va, 0
 
 
 def by_array(case: Case) -> Answered:

@@ -15,14 +15,14 @@
 - QEMU's own mistakes are answers like any other here: see the table of known judge faults beside the tests.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
 
 from emu.judge import guest as g
-from emu.judge.corpus import DEFAULTS, DONE, EXC, HANDLER, HANDLER_VA, TO_EL2, Answer, Case, has_ram, is_safe
+from emu.judge.corpus import DEFAULTS, DONE, EXC, HANDLER, HANDLER_VA, TO_EL2, TO_EL3, Answer, Case, has_ram, is_safe
 from emu.judge.guest import Guest, GuestDied, OracleError, QemuMissing, find_qemu, qemu_version
 
 __all__ = ["ACCESSES", "Answers", "GuestDied", "Oracle", "OracleError", "QemuMissing", "UnsupportedError"]
@@ -39,7 +39,8 @@ HANDLER_LEAF = 0x4C3  # a page, AF, read-only for both ELs; no SH: those are add
 HCR_E2H, SCTLR_EE, PAN_BIT, ATOMIC = 34, 25, 22, 20
 PA_OF_PAR = 0xF_FFFF_FFFF_F000
 PERMISSION = 3  # a fault code without its level, bits [5:2]
-EC_SMC = 0x17
+EC_SMC, EC_GPC = 0x17, 0x1E
+GPCCR = "GPCCR_EL3"
 DONE_CLASSES = (0x00, 0x15)  # at EL0 an SVC, or an SMC that is undefined there, is how the access ends
 UNKNOWN = -1  # a target: somewhere, but only a fetch could tell where
 LOADS = frozenset(a for a in ACCESSES if a.startswith("LD"))
@@ -108,6 +109,11 @@ class Oracle:
         finally:
             self._guest.store(dict.fromkeys(case.mem, 0))
 
+    def answered(self, case: Case) -> Case:
+        """The case with this QEMU's answers; a query that QEMU dies of is not answered."""
+        found = self.ask(case, survive=True)
+        return case.answered(self.version, found.answers, found.after)
+
     def _refuse(self, case: Case) -> None:
         me = f"QEMU {self.version} -cpu {self.cpu}"
         if case.cpu != self.cpu:
@@ -135,17 +141,31 @@ class Oracle:
         return dict(zip((n.removeprefix("MRS ") for n in names), outcomes[:, g.X0].tolist(), strict=True))
 
     def _setup(self, case: Case) -> g.Words:
-        values = [(f"MSR {name}", case.regs.get(name, 0)) for name in sorted(self.registers)]
-        return self._rows([*values, ("TLBI", 0)])
+        names = sorted(self.registers - {GPCCR})
+        values = [(f"MSR {name}", case.regs.get(name, 0)) for name in names]
+        return self._rows([*self._unprotected(), *values, ("TLBI", 0), *self._protected(case)])
 
-    def _run(self, case: Case, rows: g.Words, survive: bool) -> tuple[g.Words, tuple[int, ...]]:
-        """The outcome of every row after the case's registers are set, and the rows that the guest died of."""
-        setup = self._setup(case)
+    def _unprotected(self) -> list[tuple[str, int]]:
+        """Granule protection off: the tables of a case are there only while it is asked."""
+        return [(f"MSR {GPCCR}", 0), ("TLBI PAALL", 0)] if GPCCR in self.registers else []
+
+    def _protected(self, case: Case) -> list[tuple[str, int]]:
+        if GPCCR not in self.registers:
+            return []
+        return [(f"MSR {GPCCR}", case.regs.get(GPCCR, 0)), ("TLBI PAALL", 0)]
+
+    def _run(self, case: Case, rows: g.Words, of: Sequence[int], survive: bool) -> tuple[g.Words, tuple[int, ...]]:
+        """The outcome of every row after the case's registers are set, and the rows that the guest died of.
+
+        `of`: the query that a row is for.
+        """
+        setup, end = self._setup(case), self._rows(self._unprotected())
         parts: list[g.Words] = []
         deaths: list[int] = []
         while (start := sum(map(len, parts))) < len(rows) or not parts:
             try:
-                parts.append(self._guest.run(np.concatenate([setup, rows[start:]]))[len(setup) :])
+                outcomes = self._guest.run(np.concatenate([setup, rows[start:], end]))
+                parts.append(outcomes[len(setup) : len(outcomes) - len(end)])
             except GuestDied as death:
                 before = death.at - len(setup)
                 parts.append(self._guest.view(g.OUTCOMES, 8 * death.at).reshape(-1, 8)[len(setup) :].copy())
@@ -153,7 +173,7 @@ class Oracle:
                 deaths.append(start + before)
                 self._guest.start()
                 if before < 0 or not survive:
-                    raise self._death(case, start + before, death) from None
+                    raise self._death(case, of[start + before] if start + before >= 0 else -1, death) from None
         return np.concatenate(parts), tuple(deaths)
 
     def _death(self, case: Case, at: int, death: GuestDied) -> GuestDied:
@@ -164,7 +184,7 @@ class Oracle:
 
     def _ask_ats(self, case: Case, survive: bool) -> Answers:
         rows = self._rows((f"AT {op}", va) for va, op in case.queries)
-        outcomes, deaths = self._run(case, rows, survive)
+        outcomes, deaths = self._run(case, rows, range(len(case.queries)), survive)
         answers = tuple(map(self._par, *outcomes[:, [g.HOW, g.X0, g.ESR_EL3]].T.tolist()))
         return Answers(answers, self._changes(case), deaths)
 
@@ -191,14 +211,24 @@ class Oracle:
             self._guest.store(tables)
             self._guest.view(INSTRUCTIONS, len(self._guest.page))[:] = self._guest.page
             self._guest.view(g.MAILBOX + 32, 2)[:] = (_handler_va(case) + PAGE, case.pan << PAN_BIT)
-            rows = self._rows((f"TRY {op}", va) for va, op in (case.queries[i] for i in tried))
-            outcomes, deaths = self._run(case, rows, survive)
-            found = dict(zip(tried, map(_outcome, outcomes.tolist()), strict=True))
+            found, deaths = self._try(case, tried, survive)
             answers = tuple(found.get(i) for i in range(len(case.queries)))
-            return Answers(answers, self._changes(case), tuple(tried[i] for i in deaths))
+            return Answers(answers, self._changes(case), deaths)
         finally:
             self._fill(pages, 0)
             self._guest.store(dict.fromkeys(tables, 0))
+
+    def _try(self, case: Case, tried: list[int], survive: bool) -> tuple[dict[int, Answer], tuple[int, ...]]:
+        """The answers to the queries `tried`, and which of them the guest died of."""
+        after = [("READ FAR_EL3", 0), ("READ MFAR_EL3", 0)] if GPCCR in self.registers else []
+        each = 1 + len(after)
+        queries = (case.queries[i] for i in tried)
+        rows = self._rows(row for va, op in queries for row in ((f"TRY {op}", va), *after))
+        of = [i for i in tried for _ in range(each)]
+        outcomes, deaths = self._run(case, rows, of, survive)
+        groups = outcomes.reshape(len(tried), each, -1).tolist()
+        found = {i: _outcome(row, *(x[g.X0] for x in rest)) for i, (row, *rest) in zip(tried, groups, strict=True)}
+        return found, tuple(of[i] for i in deaths)
 
     def _fill(self, pages: Iterable[int], word: int) -> None:
         for pa in pages:
@@ -262,11 +292,13 @@ def _target(pars: Iterable[Answer]) -> int | None:
     return UNKNOWN if unknown else None
 
 
-def _outcome(row: list[int]) -> Answer:
-    """The answer that one access gave: what EL1 or EL2 was told, and how the program came back."""
+def _outcome(row: list[int], far_el3: int = 0, mfar: int = 0) -> Answer:
+    """The answer that one access gave: what EL1, EL2 or EL3 was told, and how the program came back."""
     how, _, esr_el3, esr_el1, far_el1, esr_el2, far_el2, hpfar_el2 = row
     if how == DIED:
         return None
+    if how == g.FROM_LOWER and esr_el3 >> 26 & 63 == EC_GPC:
+        return esr_el3 | TO_EL3, far_el3, mfar
     if how != g.FROM_LOWER or esr_el3 >> 26 != EC_SMC:
         raise OracleError(f"an access came back through vector {how} with ESR_EL3 {esr_el3:#x}, ESR_EL1 {esr_el1:#x}")
     if esr_el2 and esr_el2 >> 26 not in DONE_CLASSES:

@@ -167,15 +167,15 @@ class Grower:
         for _ in range(paths):
             self._path(space, root)
 
-    def map_page(self, space: Space, root: int, va: int, pa: int) -> None:
-        """Map one page, executable and read-only, by tables that restrict nothing."""
+    def map_page(self, space: Space, root: int, va: int, pa: int, more: int = 0) -> None:
+        """Map one page, executable and read-only, by tables that restrict nothing; `more`: bits of the leaf."""
         at = root
         for level in range(space.start, 3):
             entry = at + 8 * space.index(va, level)
             at = self._children[entry] = self.table(space, 1 << space.shift)
             self.mem[entry] = space.place(at) | TABLE
         sh = 0 if space.ds else OUTER << SH_LOW
-        self.mem[at + 8 * space.index(va, 3)] = space.place(pa) | AF | sh | AP2 | AP1 | PAGE
+        self.mem[at + 8 * space.index(va, 3)] = space.place(pa) | AF | sh | AP2 | AP1 | PAGE | more
 
     def _path(self, space: Space, at: int) -> None:
         rng, va = self.rng, 0

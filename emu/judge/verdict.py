@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from emu.judge import model
-from emu.judge.corpus import DONE, EXC, TO_EL2, Answer, Case
-from emu.judge.known import explain, explain_update
-from pgtable import Walk
-from pgtable.registers import ESR, FSC, PAR_FAULT, PAR_OK, SCR_EL3
+from emu.judge.corpus import DONE, EXC, TO_EL2, TO_EL3, Answer, Case
+from emu.judge.known import NOT_ON_WALK, explain, explain_update
+from pgtable import CPUS, Walk
+from pgtable.at import OPERATIONS
+from pgtable.registers import ESR, FSC, HCR_EL2, PAR_FAULT, PAR_OK, SCR_EL3
+from pgtable.spaces import PASpace, state_space
+from pgtable.syndromes import EC_GPC
 
 Answerer = Callable[[Case], model.Answered]
 PATHS: dict[str, Answerer] = {"scalar": model.by_walk, "array": model.by_array}
@@ -29,7 +32,6 @@ _PAR_OK_SECURE = _U64 & ~PAR_OK.mask("IMPDEF")
 _PAR_FAULT = _U64 & ~PAR_FAULT.mask("IGNORED_63_48")
 _OF_INSTRUCTION = ESR.mask("ISV", "SAS", "SSE", "SRT", "SF", "AR")  # what tells of the instruction is not the walk's
 _ABORT_ON_AT = ESR.mask("FSC", "WnR", "CM", "S1PTW")
-NOT_ON_WALK = 0x10  # FSC of an external abort on the access itself: it was translated
 
 
 class Disagreement(NamedTuple):
@@ -97,6 +99,7 @@ def judge_case(case: Case, tally: Tally, paths: Iterable[str] = ("scalar", "arra
         return []
     found: list[Disagreement] = []
     wanted = case.answers[case.reference]
+    paths = ("scalar",) if CPUS[case.cpu].rme else paths  # arrays do not tell spaces
     answered = {path: PATHS[path](case) for path in paths}
     first = next(iter(answered.values()))
     for i, want in enumerate(wanted):
@@ -107,7 +110,7 @@ def judge_case(case: Case, tally: Tally, paths: Iterable[str] = ("scalar", "arra
         tally.queries += 1
         cell = cell_of(case, want)
         tally.filled[cell] += 1
-        wrong = [path for path, a in answered.items() if not same(case, a.answers[i], want)]
+        wrong = [path for path, a in answered.items() if not same(case, a.answers[i], want, case.queries[i][1])]
         found += [_disagreement(case, i, want, path, answered) for path in wrong]
         _count(tally, cell, found[len(found) - len(wrong) :])
     found += _updates(case, answered, tally)
@@ -153,24 +156,45 @@ def _updates(case: Case, answered: dict[str, model.Answered], tally: Tally) -> l
     return found
 
 
-def same(case: Case, mine: Answer, want: Answer) -> bool:
-    """Equal in everything that the architecture says."""
+def same(case: Case, mine: Answer, want: Answer, op: str) -> bool:
+    """Equal in everything that the architecture says of the answer to `op`."""
     if case.is_access:
         return _same_access(mine, want)
     assert isinstance(mine, int)
     assert isinstance(want, int)
     if mine & EXC or want & EXC:
-        return bool(mine & want & EXC) and not (mine ^ want) & _ABORT_ON_AT
+        gpc = ESR["EC"].get(want & _U64) == EC_GPC
+        return bool(mine & want & EXC) and not (mine ^ want) & (_U64 if gpc else _ABORT_ON_AT)
     if (mine ^ want) & 1:
         return False
-    secure = not SCR_EL3["NS"].get(case.regs["SCR_EL3"])
-    return not (mine ^ want) & (_PAR_FAULT if want & 1 else _PAR_OK_SECURE if secure else _PAR_OK)
+    return not (mine ^ want) & (_PAR_FAULT if want & 1 else _par_ok(case, op))
+
+
+def _par_ok(case: Case, op: str) -> int:
+    """What a PAR_EL1 without a fault says of the space: NS in Secure state; with FEAT_RME by state (EncodePARAttrs)."""
+    if not CPUS[case.cpu].rme:
+        return _PAR_OK if SCR_EL3["NS"].get(case.regs["SCR_EL3"]) else _PAR_OK_SECURE
+    state = state_space(CPUS[case.cpu], case.regs["SCR_EL3"], OPERATIONS[op][1])
+    if state is PASpace.ROOT:
+        return _PAR_OK_SECURE
+    of_el1 = op.startswith("S1E") and OPERATIONS[op][1] < 2 and not _is_host(case)
+    if state is PASpace.SECURE or (state is PASpace.REALM and not of_el1):
+        return _PAR_OK_SECURE & ~PAR_OK.mask("NSE")
+    return _PAR_OK & ~PAR_OK.mask("NSE")
+
+
+def _is_host(case: Case) -> bool:
+    """HCR_EL2.{E2H, TGE} are {1, 1}: AT S1E1* and S1E0* ask EL2&0."""
+    hcr = HCR_EL2.view(case.regs["HCR_EL2"])
+    return bool(hcr.E2H and hcr.TGE)
 
 
 def _same_access(mine: Answer, want: Answer) -> bool:
     if isinstance(want, tuple) and ESR["FSC"].get(want[0] & ~TO_EL2) == NOT_ON_WALK:
         want = DONE
     if not isinstance(want, tuple) or not isinstance(mine, tuple):
+        return mine == want
+    if (want[0] | mine[0]) & TO_EL3:
         return mine == want
     if (
         want[0] & mine[0] & TO_EL2
@@ -183,7 +207,7 @@ def _same_access(mine: Answer, want: Answer) -> bool:
 def cell_of(case: Case, want: Answer) -> str:
     """The cell of a judge's answer: `translated`, or a fault with its level."""
     if isinstance(want, tuple):
-        code = ESR["FSC"].get(want[0] & ~TO_EL2)
+        code = ESR["FSC"].get(want[0] & ~(TO_EL2 | TO_EL3))
         return "translated" if code == NOT_ON_WALK else FSC.get(code, f"FSC {code:#x}")
     assert want is not None
     if case.is_access:

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from emu.judge.cases import KINDS, TRAPS, kinds, random_case
+from emu.judge.cases import KINDS, TRAPS, granule_names, kinds, random_case
 from emu.judge.corpus import DEFAULTS, DONE, EXC, HANDLER, HANDLER_VA, Case, dump, has_ram, is_safe, loads
 from emu.judge.model import memory_of, registers_of
 from emu.judge.qemu import Oracle
@@ -299,3 +299,26 @@ def test_a_case_judged_by_qemu_shrinks_to_one_query(kind: str) -> None:
     assert len(small.queries) == 1
     assert len(small.mem) <= 8
     assert replace(small, queries=(), mem={}, regs={}) == replace(case, queries=(), mem={}, regs={}, pan=small.pan)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if len(kind.granules) > 1])
+def test_granules_can_be_chosen_for_kinds_that_draw_them(kind: str) -> None:
+    """Both halves have it, but for the half of the asking program, and stage 2 has it too."""
+    for name in granule_names(kind):
+        for seed in range(4):
+            case = random_case(Random(seed), kind, granules=(name,))
+            assert granules_in(case) == {name}, (seed, case.id)
+    with pytest.raises(ValueError, match="has none of the granules"):
+        random_case(Random(1), kind, granules=("8K",))
+
+
+def granules_in(case: Case) -> set[str]:
+    """The granules of a case's halves under test, and of its stage 2, by its registers."""
+    el, one = KINDS[case.kind].regime, not KINDS[case.kind].upper
+    tcr = case.regs["TCR_EL1" if el == "EL10" else "TCR_EL3" if el == "EL3" else "TCR_EL2"]
+    lower, upper = ("4K", "64K", "16K", "")[tcr >> 14 & 3], ("", "16K", "4K", "64K")[tcr >> 30 & 3]
+    stage1 = {lower} if one else {lower, upper} if case.half is None else {(lower, upper)[case.half]}
+    if case.regs["HCR_EL2"] & 1:
+        stage2 = {("4K", "64K", "16K", "")[case.regs["VTCR_EL2"] >> 14 & 3]}
+        return stage2 if KINDS[case.kind].off else stage1 | stage2
+    return stage1

@@ -14,6 +14,7 @@ from emu.judge.corpus import Case, load
 from emu.judge.verdict import PATHS, Tally, judge_case
 from pgtable import (
     Access,
+    Fault,
     FaultType,
     Granule,
     PhysicalMemory,
@@ -198,7 +199,7 @@ def test_a_block_of_stage_2() -> None:
     found = translate_nested(memory, regs, 0x4001_2345)
     assert (found.pa, found.ipa, found.hpfar) == (0x4001_2345, 0x4001_2345, 0)
     missing = translate_nested(memory, regs, 0x8001_2345)
-    assert missing.fault == (FaultType.TRANSLATION, 1, 2, False, False, False, False, "descriptor")
+    assert missing.fault == Fault(FaultType.TRANSLATION, 1, 2, cause="descriptor")
     assert missing.hpfar == 0x80012 << 4
     assert "IPA 0x80012345" in str(missing)
     assert "translation fault, level 1 (stage 2)" in str(missing)

@@ -181,7 +181,7 @@ def chance(rng: random.Random, p: float) -> int:
 
 
 def random_features(rng: random.Random) -> Features:
-    f = rng.choice([*CPUS.values(), *[CPUS["max"]] * 6])
+    f = rng.choice([*(cpu for cpu in CPUS.values() if not cpu.rme), *[CPUS["max"]] * 6])
     f = f.replace(contiguous_output=rng.random() < 0.2, contiguous_faults=rng.random() < 0.1)
     return f.replace(nt_faults=rng.random() < 0.1, at_updates=rng.random() < 0.5, txsz_faults=rng.random() < 0.5)
 

@@ -131,5 +131,5 @@ def test_the_session_of_the_docs() -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(blocks[1].removeprefix("python\n"), {})
-    assert printed.getvalue() == blocks[3].removeprefix("\n")
+    assert printed.getvalue() == blocks[3].removeprefix("text\n")
     assert f"{len(MUTANTS)} rules are broken on purpose" in blocks[0]

@@ -44,7 +44,7 @@ POSITIONS = {
     "TCR2": (
         r.TCR2,
         "PnCH 0, PIE 1, E0POE 2, POE 3, AIE 4, D128 5, SKL0 7:6, SKL1 9:8, PTTWI 10, HAFT 11, AMEC0 12, AMEC1 13,"
-        "DisCH0 14, DisCH1 15, FNG0 16, FNG1 17, A2 18",
+        "DisCH0 14, DisCH1 15, A2 16, FNG0 17, FNG1 18",
     ),
     "TTBR": (r.TTBR, "CnP 0, BADDR 47:1, ASID 63:48"),
     "TTBR_52": (r.TTBR_52, "CnP 0, BADDR 47:6;5:2, ASID 63:48"),
