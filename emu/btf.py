@@ -35,6 +35,7 @@ _PER_PART = {STRUCT: 3, UNION: 3, ENUM: 2, FUNC_PROTO: 2, DATASEC: 3, ENUM64: 3}
 _SAME_AS = frozenset((TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG))
 _SIZED = frozenset((INT, STRUCT, UNION, ENUM, FLOAT, DATASEC, ENUM64))
 _RECORDS = frozenset((STRUCT, UNION))
+DEEPEST = 64  # types behind each other, records inside each other: more is a circle
 
 
 class BtfError(LookupError):
@@ -208,7 +209,10 @@ class Btf:
         return _Type(self._string(name), kind, vlen, kflag, rest, at + 3)
 
     def _string(self, at: int) -> str:
-        return self._strings[at : self._strings.index(b"\0", at)].decode()
+        end = self._strings.find(b"\0", at)
+        if end < 0:
+            raise BtfError(f"this kernel's BTF has no name at {at:#x}")
+        return self._strings[at:end].decode("utf-8", "replace")
 
     def _named(self, name: str) -> int:
         """The type called `name`: a definition before a typedef."""
@@ -235,18 +239,24 @@ class Btf:
 
     def _plain(self, type_id: int) -> int:
         """The type behind typedefs and qualifiers."""
-        while self._type(type_id).kind in _SAME_AS:
-            type_id = self._type(type_id).size_or_type
-        return type_id
+        for _ in range(DEEPEST):
+            found = self._type(type_id)
+            if found.kind not in _SAME_AS:
+                return type_id
+            type_id = found.size_or_type
+        raise BtfError(f"type number {type_id} of this kernel's BTF leads back to itself")
 
     def _size_of(self, type_id: int) -> int:
-        plain = self._type(self._plain(type_id))
-        if plain.kind == PTR:
-            return POINTER_SIZE
-        if plain.kind == ARRAY:
-            element, _, count = (int(w) for w in self._words[plain.at : plain.at + 3])
-            return count * self._size_of(element)
-        return plain.size_or_type if plain.kind in _SIZED else 0
+        count = 1
+        for _ in range(DEEPEST):
+            plain = self._type(self._plain(type_id))
+            if plain.kind == PTR:
+                return count * POINTER_SIZE
+            if plain.kind != ARRAY:
+                return count * plain.size_or_type if plain.kind in _SIZED else 0
+            type_id, _, length = (int(w) for w in self._words[plain.at : plain.at + 3])
+            count *= length
+        raise BtfError(f"type number {type_id} of this kernel's BTF is an array of itself")
 
     def _members(self, type_id: int) -> Iterator[Member]:
         outer = self._type(type_id)
@@ -257,8 +267,10 @@ class Btf:
             size = self._size_of(member_type)
             yield Member(self._string(name), place // 8, size, bits, member_type, place % 8)
 
-    def _find_member(self, type_id: int, name: str) -> Member | None:
+    def _find_member(self, type_id: int, name: str, depth: int = 0) -> Member | None:
         """The member `name`, also inside members without a name."""
+        if depth > DEEPEST:
+            raise BtfError(f"type number {type_id} of this kernel's BTF is inside itself")
         plain = self._plain(type_id)
         if self._type(plain).kind not in _RECORDS:
             return None
@@ -267,7 +279,7 @@ class Btf:
             if m.name == name:
                 return m
         for m in members:
-            inner = self._find_member(m.type_id, name) if not m.name else None
+            inner = self._find_member(m.type_id, name, depth + 1) if not m.name else None
             if inner:
                 return Member(name, m.offset + inner.offset, inner.size, inner.bits, inner.type_id)
         return None

@@ -27,6 +27,7 @@ COMMANDS = {
     "diff": ("emu.cli_diff:diff", "What two sources map differently: added, removed, changed, by field."),
     "dump": ("emu.cli_dump:dump", "List what a source's tables map, merged and filtered; or as Linux's ptdump."),
     "find": ("emu.cli_find:find", "Which VAs reach a PA, where a table is referred to, where a word is."),
+    "fuzz": ("emu.cli_fuzz:fuzz", "A campaign: very many random cases of the model against QEMU and real kernels."),
     "gdb-script": ("emu.cli_gdb:gdb_script", "Print a script that gives gdb these commands on the guest it holds."),
     "judge": ("emu.cli_judge:judge", "Compare the hardware model with QEMU: stored answers, or fresh random cases."),
     "kernel": ("emu.cli_kernel:kernel", "Fetch Debian's arm64 kernels by name and say what is in a kernel file."),
@@ -76,14 +77,26 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+LONGEST = 1000  # characters of a sentence: a name in it may be anything
+
+
 class CommandError(click.ClickException):
     """Bad input or a missing tool: one sentence on stderr, exit code 2."""
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints the sentence."""
         click.echo(f"pgtable: error: {self.message}", file=file, err=file is None)
+
+
+def one_line(text: str) -> str:
+    """`text` without line ends and control characters, which a file's content or an argument may have, and not long."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: LONGEST + 1])
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -98,10 +111,11 @@ def main() -> None:
         if "_PGTABLE_COMPLETE" in os.environ:
             _loaded("emu.cli_completion:register")()
         code = cli(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         text = error.format_message()  # of a group without a command: its help
-        click.echo(text if text.startswith("Usage:") else f"pgtable: error: {text}", err=True)
+        click.echo(text if text.startswith("Usage:") else f"pgtable: error: {one_line(text)}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
@@ -110,4 +124,20 @@ def main() -> None:
         click.echo("pgtable: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
+        _give_up_stdout()
         sys.exit(0)
+    except (OSError, MemoryError) as error:
+        _give_up_stdout()
+        click.echo(f"pgtable: error: {one_line(_said(error))}", err=True)
+        sys.exit(2)
+
+
+def _said(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return f"{error.filename or 'writing'}: {error.strerror or error}"
+
+
+def _give_up_stdout() -> None:
+    """What could not be written is not tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 import click
 
+from emu import writing
 from emu.cli import CommandError
 from emu.cli_source import hex64, listings, opened, source_argument, source_options, stage_of, stage_option
 
@@ -203,6 +203,6 @@ def _write_junit(path: str, word: str, verdicts: list[Verdict]) -> None:
         elif lines:
             SubElement(case, "system-out").text = lines
     try:
-        Path(path).write_bytes(tostring(suite, "utf-8", xml_declaration=True))
+        writing.write(path, tostring(suite, "utf-8", xml_declaration=True))
     except OSError as error:
         raise CommandError(f"--junit {path}: {error.strerror}") from None

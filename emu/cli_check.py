@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from emu import writing
 from emu.cli import CommandError, examples
 from emu.cli_run import _JSON, _SYMBOLS, bad_input, load_image, report_json, report_text
 
@@ -145,7 +147,10 @@ def _one(image: KernelImage, function: str, path: Path, variant: Variant | None)
     if not worlds.of(harness, flavour).space.fits(case.tree):
         raise CommandError(f"case {path}: its tables are not where {image.name} has room for them")
     found = Campaign(image.name, image.release, (variant or worlds[flavour].variant).name, 0)
-    found.reports.append(run_stored(worlds, harness, flavour, case))
+    try:
+        found.reports.append(run_stored(worlds, harness, flavour, case))
+    except (LookupError, ValueError, ArithmeticError, MemoryError) as error:  # numbers that no check would have made
+        raise CommandError(f"case {path}: cannot be run on {image.name}: {type(error).__name__} {error}") from None
     return found
 
 
@@ -184,9 +189,12 @@ def _save(campaign: Campaign, page_size: int, folder: Path) -> None:
 def _write_new(folder: Path, name: str, text: str) -> Path:
     """Writes NAME-N.json with the first N that no file has."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = next(path for path in (folder / f"{name}-{i}.json" for i in count()) if not path.exists())
-    path.write_text(text)
-    return path
+    numbers = count()
+    while True:
+        path = folder / f"{name}-{next(numbers)}.json"
+        with suppress(FileExistsError):
+            writing.write(path, text, new=True)
+            return path
 
 
 # text

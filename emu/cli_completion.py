@@ -121,7 +121,7 @@ def _files(begin: str) -> Iterator[str]:
     folder, name = os.path.split(begin)
     try:
         found = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a NUL
         return
     for entry in found:
         if entry.name.startswith(name) and (name or not entry.name.startswith(".")):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from emu import writing
 from emu.cli import CommandError
 
 EXAMPLE = """\b
@@ -33,7 +34,7 @@ def gdb_script(output: str | None) -> None:
     if not output.endswith(".py"):
         raise CommandError(f"-o {output}: must end in .py, or gdb takes its lines for commands of gdb")
     try:
-        Path(output).write_text(script())
+        writing.write(output, script())
     except OSError as error:
         raise CommandError(f"-o {output}: {error.strerror}") from None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
+from emu import writing
 from emu.cli import CommandError
 from emu.cli_source import complete_source, opened, regime_of, regime_option, register, registers_file, source_argument
 
@@ -94,21 +93,8 @@ def _drawn(
 
 def _written(output: str, text: str) -> None:
     """Puts `text` into the file `output`, which is there as it was until all of it is written."""
-    path = Path(output)
-    name = ""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-        ) as file:
-            name = file.name
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        writing.write(output, text)
     except OSError as error:
         raise CommandError(f"{output}: {error.strerror}") from None
-    finally:
-        if name and os.path.exists(name):
-            os.unlink(name)
     click.echo(f"{output}: {len(text.encode()) >> 10} KiB", err=True)

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from emu.cli import CommandError, examples
+from emu.cli_campaign import run_campaign, told, worker_options
 from emu.cli_run import _JSON, _SYMBOLS, bad_input, load_image
 
 if TYPE_CHECKING:
+    from emu.campaigns.plan import Plan
     from emu.machine import Machine
     from emu.race import Finding, Race, RaceResult
     from emu.races.actors import Event
     from emu.races.parts import Scenario
 
 
-@click.command(epilog=examples("pgtable race lost-update --kernel debian:6.12"))
+@click.command(
+    epilog=examples(
+        "pgtable race lost-update --kernel debian:6.12",
+        "pgtable race --campaign races.db --kernel debian:6.1 --kernel debian:7.3 --random 1000",
+    )
+)
 @click.argument("scenario", required=False)
 @click.option("--list", "listing", is_flag=True, help="The scenarios, and what each is about.")
-@click.option("--kernel", "source", metavar="KERNEL", help="A kernel file, or debian:VERSION[-FLAVOUR]: cold tables.")
+@click.option(
+    "--kernel",
+    "sources",
+    multiple=True,
+    metavar="KERNEL",
+    help="A kernel file, or debian:VERSION[-FLAVOUR]: cold tables (repeatable with --campaign).",
+)
 @click.option("--snapshot", "snapshot", metavar="FILE", help="A booted kernel (`pgtable snapshot boot`) instead.")
 @_SYMBOLS
 @click.option("--preemptions", metavar="N|all", help="How often a CPU may be interrupted. Default: the scenario's.")
@@ -29,13 +44,15 @@ if TYPE_CHECKING:
 @click.option("--random", "walks", default=0, type=click.IntRange(min=0), help="Random schedules besides.")
 @click.option("--seed", default=1, show_default=True, help="Of --random.")
 @click.option("--replay", "schedule", metavar="SCHEDULE", help="Run this one schedule and show it.")
+@click.option("--campaign", "store", metavar="STORE", help="All scenarios or one, of each kernel, kept in STORE.")
+@worker_options
 @_JSON
 @click.pass_context
 def race(
     ctx: click.Context,
     scenario: str | None,
     listing: bool,
-    source: str | None,
+    sources: tuple[str, ...],
     snapshot: str | None,
     symbols: str | None,
     preemptions: str | None,
@@ -44,32 +61,49 @@ def race(
     walks: int,
     seed: int,
     schedule: str | None,
+    store: str | None,
+    jobs: int | None,
+    scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Run the functions of SCENARIO in all orders that few preemptions allow, and judge how each ends.
 
     A schedule is `A5 B A`: A up to its 5th event (access to a table, atomic, barrier, TLBI), B to its end, A to its
     end. Exit code 1 if there is a race, also where one is expected.
-    """
-    from emu.races.parts import ScenarioError
 
+    --campaign: every scenario for cold tables with each combination of its options: the search, and --random schedules
+    of each. The same command with the same STORE goes on where it was stopped; `pgtable fuzz STORE --report` shows it.
+    """
     if listing:
         click.echo(json.dumps(_list_json(), indent=1) if as_json else "\n".join(_list_lines()))
         return
-    row = _scenario(scenario)
     chosen = dict(_option(text) for text in options)
+    if store is not None:
+        if snapshot or symbols or preemptions or mode or schedule:
+            raise CommandError("race: --campaign takes none of --snapshot, --symbols, --preemptions, --mode, --replay")
+        ctx.exit(run_campaign(_plan(scenario, sources, chosen, walks, seed), store, jobs, scheduler, as_json))
+    row = _scenario(scenario)
     bound = row.preemptions if preemptions is None else _bound(preemptions)
-    try:
-        with bad_input():
-            made = row.race(_machine(source, snapshot, symbols), mode=mode, **chosen)
+    with _told():
+        made = row.race(_machine(sources, snapshot, symbols), mode=mode, **chosen)
         if schedule is not None:
             count, answer = _replayed(row.name, made, schedule, as_json)
         else:
             count, answer = _searched(row.name, made, bound, walks, seed, as_json)
-    except (ScenarioError, ValueError) as error:
-        raise CommandError(f"race: {error}") from None
     click.echo(answer)
     ctx.exit(1 if count else 0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What does not fit the scenario, or is bad input: one sentence."""
+    from emu.races.parts import ScenarioError
+
+    try:
+        with bad_input():
+            yield
+    except (ScenarioError, ValueError) as error:
+        raise CommandError(f"race: {error}") from None
 
 
 def _scenario(name: str | None) -> Scenario:
@@ -116,17 +150,37 @@ def _bound(text: str) -> int | None:
     return int(text)
 
 
-def _machine(source: str | None, snapshot: str | None, symbols: str | None) -> Machine:
+def _machine(sources: tuple[str, ...], snapshot: str | None, symbols: str | None) -> Machine:
     from emu.machine import Machine
     from emu.snapshot import Snapshot
 
-    if (source is None) == (snapshot is None):
-        raise CommandError("race: give --kernel KERNEL or --snapshot FILE")
+    if len(sources) + (snapshot is not None) != 1:
+        raise CommandError("race: give --kernel KERNEL or --snapshot FILE, one of them")
     if snapshot is not None:
         loaded = Snapshot.load(snapshot)
         return loaded.machine(mmu="model" if loaded.lpa2 else "cpu")
-    assert source
-    return Machine.boot(load_image(source, symbols))
+    return Machine.boot(load_image(sources[0], symbols))
+
+
+def _plan(scenario: str | None, kernels: tuple[str, ...], options: dict[str, str], walks: int, seed: int) -> Plan:
+    """A campaign: of each race the search, and so many random schedules."""
+    from emu.campaigns import schedules
+    from emu.campaigns.plan import Plan
+
+    if not kernels:
+        raise CommandError("race: --campaign needs --kernel KERNEL")
+    scenarios = (_scenario(scenario).name,) if scenario else ()
+    with told(), bad_input():
+        units = [unit for kernel in kernels for unit in schedules.units(kernel, scenarios, options)]
+    parameters = {
+        "command": "race",
+        "seed": seed,
+        "random": walks,
+        "kernels": list(dict.fromkeys(f"{unit.subject} {unit.release}" for unit in units)),
+        "scenarios": list(scenarios),
+        "options": options,
+    }
+    return Plan(parameters, seed, [(unit, 1 + -(-walks // schedules.WALKS)) for unit in units])
 
 
 # text

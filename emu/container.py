@@ -34,6 +34,7 @@ DEEPEST = 4  # wrappings inside each other
 LARGEST_FILE = 4 << 30  # a vmlinux with debug information may be a gigabyte
 LARGEST = 1 << 30  # no arm64 Image comes near; a size beyond it is a damaged header
 HEADER = 64  # bytes of an Image's header
+PEEK = 1024  # bytes unpacked to see what is there
 COFF = 24  # bytes of a PE signature and COFF header
 SECTION = struct.Struct("<16xII16x")  # SizeOfRawData, PointerToRawData
 ZBOOT = struct.Struct("<4x4sII8x32s")
@@ -189,26 +190,26 @@ def _from_zboot(name: str, content: bytes, depth: int) -> Flat:
 # compression
 
 
-def _gunzip(packed: bytes) -> tuple[bytes, bool]:
+def _gunzip(packed: bytes, most: int) -> tuple[bytes, bool]:
     d = zlib.decompressobj(wbits=31)
-    return d.decompress(packed, LARGEST), d.eof
+    return d.decompress(packed, most), d.eof
 
 
-def _unlzma(packed: bytes) -> tuple[bytes, bool]:
-    d = lzma.LZMADecompressor()
-    return d.decompress(packed, LARGEST), d.eof
+def _unlzma(packed: bytes, most: int) -> tuple[bytes, bool]:
+    d = lzma.LZMADecompressor(memlimit=LARGEST)
+    return d.decompress(packed, most), d.eof
 
 
-def _unzstd(packed: bytes) -> tuple[bytes, bool]:
+def _unzstd(packed: bytes, most: int) -> tuple[bytes, bool]:
     try:
         from compression.zstd import ZstdDecompressor  # Python 3.14
     except ImportError:
         from backports.zstd import ZstdDecompressor
     d = ZstdDecompressor()
-    return d.decompress(packed, LARGEST), d.eof
+    return d.decompress(packed, most), d.eof
 
 
-_METHODS: dict[str, Callable[[bytes], tuple[bytes, bool]]] = {
+_METHODS: dict[str, Callable[[bytes, int], tuple[bytes, bool]]] = {
     "gzip": _gunzip,
     "xz": _unlzma,
     "lzma": _unlzma,
@@ -233,12 +234,28 @@ def _decompress(name: str, method: str, packed: bytes) -> bytes:
         known = ", ".join(_METHODS)
         raise ImageError(f"{name} is packed with {method}, which is not supported; unpack it first, or use {known}")
     try:
-        content, complete = unpack(packed)
+        head, _ = unpack(packed, PEEK)  # a few bytes can unpack to anything: what is no kernel is not unpacked
+        most = _most(name, method, head)
+        content, complete = unpack(packed, most)
+    except ImageError:
+        raise
     except Exception as error:  # each library has its own class for damaged data
         raise ImageError(f"{name} is packed with {method} but damaged ({error}); {NEEDED}") from None
-    if not complete:
+    if not complete and len(content) < most:
         raise ImageError(f"{name} is packed with {method} but truncated; {NEEDED}")
+    if not complete:
+        raise ImageError(f"{name} is packed with {method} and larger inside than it says ({most} bytes); {NEEDED}")
     return content
+
+
+def _most(name: str, method: str, head: bytes) -> int:
+    """How many bytes there may be in what begins with `head`."""
+    if head[IMAGE_MAGIC_AT : IMAGE_MAGIC_AT + 4] == IMAGE_MAGIC and len(head) >= HEADER:
+        size, _ = _header(name, head)
+        return min(size, LARGEST) + 1  # an Image takes more memory than its file has bytes
+    if head and not head.startswith((elf.MAGIC, *_PACKED)) and head[4:8] != b"zimg":
+        raise ImageError(f"{name} is packed with {method}, and inside is {_guess(head)}; {NEEDED}")
+    return LARGEST
 
 
 # what else people have at hand, so that the sentence can say so

@@ -22,7 +22,8 @@ from typing import IO, NamedTuple, cast
 
 AR_MAGIC = b"!<arch>\n"
 _HEADER = 60  # bytes of an ar member's header: name 16, date 12, uid 6, gid 6, mode 8, size 10, end mark 2
-_DAMAGED = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+LARGEST = 4 << 30  # bytes of the files together, and a kernel may have debug information
+_DAMAGED = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError, MemoryError)
 
 
 class DebError(ValueError):
@@ -45,7 +46,9 @@ def members(path: str | os.PathLike[str]) -> Generator[Member]:
         packed = cast(IO[bytes], io.BufferedReader(_Slice(file, start, size)))
         try:
             with _decompress(name, suffix, packed) as tar_file, tarfile.open(fileobj=tar_file, mode="r|") as tar:
-                yield from _regular(tar)
+                yield from _regular(name, tar)
+        except DebError:
+            raise
         except (*_DAMAGED, _zstd_error()) as error:
             raise DebError(f"{name} is a damaged Debian package ({error})") from None
 
@@ -66,8 +69,10 @@ def _content(name: str, member: Member) -> bytes:
         raise DebError(f"{name} is damaged in {member.name} ({error})") from None
 
 
-def _regular(tar: tarfile.TarFile) -> Iterator[Member]:
+def _regular(name: str, tar: tarfile.TarFile) -> Iterator[Member]:
     for entry in tar:
+        if entry.offset_data + entry.size > LARGEST:
+            raise DebError(f"{name} is a Debian package of more than {LARGEST >> 30} GiB")
         content = tar.extractfile(entry) if entry.isreg() else None
         if content:
             yield Member(entry.name.removeprefix("./").removeprefix("/"), entry.size, content)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MAGIC = 0xD00DFEED
+HEADER = 40
 _BEGIN, _END_NODE, _PROPERTY, _NOTHING, _END = 1, 2, 3, 4, 9
 
 
@@ -24,6 +25,13 @@ class Property(NamedTuple):
 
 def properties(blob: bytes | bytearray) -> Iterator[Property]:
     """All properties in order. Raises ValueError for what is no device tree."""
+    try:
+        yield from _properties(blob)
+    except (struct.error, IndexError):
+        raise ValueError("the device tree is cut short or damaged") from None
+
+
+def _properties(blob: bytes | bytearray) -> Iterator[Property]:
     magic, _, at, strings = struct.unpack_from(">4I", blob)
     if magic != MAGIC:
         raise ValueError("no flattened device tree")
@@ -62,8 +70,12 @@ def replace(blob: bytes, values: dict[str, bytes]) -> tuple[bytes, set[str]]:
 
 def packed(blob: bytes) -> bytes:
     """The tree without the room behind its last block: QEMU doubles what it is given, and Linux takes 2 MiB."""
+    if len(blob) < HEADER:
+        raise ValueError(f"a device tree of {len(blob)} bytes has no header")
     _, _, structs, strings, _, _, _, _, size, struct_size = struct.unpack_from(">10I", blob)
     end = max(strings + size, structs + struct_size)
+    if end > len(blob):
+        raise ValueError("the device tree is cut short or damaged")
     return blob[:4] + struct.pack(">I", end) + blob[8:end]
 
 

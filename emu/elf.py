@@ -30,6 +30,9 @@ STT_SECTION, STT_FILE = 3, 4
 STB_LOCAL, STB_WEAK = 0, 2
 SHF_WRITE, SHF_EXECINSTR = 1, 4
 
+# What pyelftools raises on headers that make no sense depends on where it stumbles.
+_STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
 
 class ElfError(ValueError):
     """An ELF file that is no arm64 kernel; the message goes behind the file's name ("is ...")."""
@@ -58,20 +61,22 @@ def load(content: bytes) -> Loaded:
         base, data, size = _place(file, content)
         _relocate(file, content, base, data)
         return Loaded(base, data, size, _entries(file, content))
-    except (ELFError, ConstructError, KeyError, TypeError, UnicodeDecodeError, AttributeError) as error:
-        # What pyelftools raises on headers that make no sense depends on where it stumbles.
+    except ElfError:
+        raise
+    except (ELFError, ConstructError, *_STUMBLES) as error:
         raise ElfError(f"is a damaged ELF file ({error})") from None
 
 
 def read_symbols(content: bytes) -> Entries:
     """Only the symbols of the ELF file `content`, of any kind. Raises ElfError."""
     from elftools.common.exceptions import ELFError
+    from elftools.construct.core import ConstructError
     from elftools.elf.elffile import ELFFile
 
     try:
         file = ELFFile(io.BytesIO(content))
         return _entries(file, content)
-    except (ELFError, KeyError, TypeError) as error:
+    except (ELFError, ConstructError, *_STUMBLES) as error:
         raise ElfError(f"is a damaged ELF file ({error})") from None
 
 
@@ -95,8 +100,10 @@ def _place(file: Any, content: bytes) -> tuple[int, U8, int]:
     base = min(s["p_vaddr"] for s in loads)
     length = max(s["p_vaddr"] + s["p_filesz"] for s in loads) - base
     memory = max(s["p_vaddr"] + s["p_memsz"] for s in loads) - base
-    if memory > LARGEST:
-        raise ElfError(f"is an ELF file whose segments span {memory:#x} bytes")
+    if max(memory, length) > LARGEST:
+        raise ElfError(f"is an ELF file whose segments span {max(memory, length):#x} bytes")
+    if sum(s["p_filesz"] for s in loads) > 2 * LARGEST:
+        raise ElfError("is an ELF file whose segments lie over each other")
     data = np.zeros(length, np.uint8)
     for s in loads:
         part = np.frombuffer(content, np.uint8)[s["p_offset"] : s["p_offset"] + s["p_filesz"]]

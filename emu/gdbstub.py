@@ -112,8 +112,11 @@ class GdbStub:
         for text in [top, *map(self._document, included)]:
             for attributes in re.findall(r"<reg ([^>]*)/>", text):
                 row: dict[str, str] = dict(re.findall(r'(\w+)="([^"]*)"', attributes))
-                number = int(row.get("regnum", number))
-                found[_NAMES.get(row["name"], row["name"])] = Register(number, int(row["bitsize"]))
+                try:
+                    number, bits, name = int(row.get("regnum", number)), int(row["bitsize"]), row["name"]
+                except (KeyError, ValueError):
+                    raise GdbError(f"the gdb stub describes a register as {attributes[:80]!r}") from None
+                found[_NAMES.get(name, name)] = Register(number, bits)
                 number += 1
         return found
 
@@ -127,11 +130,19 @@ class GdbStub:
 
     def read(self, name: str) -> int:
         """A register's value. Raises KeyError for a name that the target has not."""
-        return int.from_bytes(bytes.fromhex(self.ask(f"p{self.registers[name].number:x}")), "little")
+        return int.from_bytes(self._bytes(f"p{self.registers[name].number:x}"), "little")
+
+    def _bytes(self, question: str) -> bytes:
+        """The answer that is hexadecimal."""
+        answer = self.ask(question)
+        try:
+            return bytes.fromhex(answer)
+        except ValueError:
+            raise GdbError(f"the gdb stub answers {answer[:40]!r} to {question[:40]}") from None
 
     def read_general(self) -> dict[str, int]:
         """The general registers, PC and PSTATE ("cpsr") at once."""
-        data, at, values = bytes.fromhex(self.ask("g")), 0, {}
+        data, at, values = self._bytes("g"), 0, {}
         for name, bits in self._in_order:
             if at + bits // 8 > len(data):
                 break
@@ -155,7 +166,7 @@ class GdbStub:
             self.ask("Qqemu.PhyMemMode:1")
         try:
             steps = range(0, n, CHUNK)
-            return b"".join(bytes.fromhex(self.ask(f"m{address + i:x},{min(CHUNK, n - i):x}")) for i in steps)
+            return b"".join(self._bytes(f"m{address + i:x},{min(CHUNK, n - i):x}") for i in steps)
         finally:
             if physical:
                 self.ask("Qqemu.PhyMemMode:0")

@@ -8,10 +8,9 @@ does not match counts as absent and is written again. A cache that cannot be wri
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import tempfile
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emu import jsontext, writing
+
 FORMAT = 2  # a new number whenever a reader would now find something else
 META = "meta.json"
+ABANDONED = 3600.0  # seconds that no writer takes
 
 
 def directory(key: str) -> Path:
@@ -37,7 +39,7 @@ def directory(key: str) -> Path:
 def load(place: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
     """The facts and arrays that `store` wrote, arrays mapped read-only; None where they are not whole."""
     try:
-        meta = json.loads((place / META).read_bytes())
+        meta = jsontext.loads((place / META).read_bytes())
         arrays = {name: _checked(place / name, *want) for name, want in meta["files"].items()}
         return meta["facts"], arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -48,8 +50,9 @@ def store(place: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[An
     """Keep `facts` (anything JSON) and `arrays`."""
     with contextlib.suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
+        _tidy(place)
         files = {name: _write_array(place / name, array) for name, array in arrays.items()}
-        _write(place / META, json.dumps({"facts": facts, "files": files}).encode())
+        writing.write(place / META, json.dumps({"facts": facts, "files": files}).encode())
 
 
 def load_part(place: Path | None, name: str) -> NDArray[Any] | None:
@@ -57,7 +60,7 @@ def load_part(place: Path | None, name: str) -> NDArray[Any] | None:
     if place is None:
         return None
     try:
-        size, crc, dtype, shape = json.loads((place / f"{name}.json").read_bytes())
+        size, crc, dtype, shape = jsontext.loads((place / f"{name}.json").read_bytes())
         return _checked(place / name, size, crc, dtype, shape)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -68,7 +71,7 @@ def store_part(place: Path | None, name: str, array: NDArray[Any]) -> None:
     if place is not None:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
-            _write(place / f"{name}.json", json.dumps(_write_array(place / name, array)).encode())
+            writing.write(place / f"{name}.json", json.dumps(_write_array(place / name, array)).encode())
 
 
 def _checked(path: Path, size: int, crc: int, dtype: str, shape: list[int]) -> NDArray[Any]:
@@ -81,16 +84,12 @@ def _checked(path: Path, size: int, crc: int, dtype: str, shape: list[int]) -> N
 def _write_array(path: Path, array: NDArray[Any]) -> tuple[int, int, str, list[int]]:
     whole = np.ascontiguousarray(array)
     raw = whole.data.cast("B") if whole.size else memoryview(b"")
-    _write(path, raw)
+    writing.write(path, raw)
     return len(raw), zlib.crc32(raw), whole.dtype.str, list(whole.shape)
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with io.FileIO(handle, "w") as file:
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+def _tidy(place: Path) -> None:
+    """Removes what writers that were killed have left."""
+    for left in place.glob(".*"):
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            left.unlink()

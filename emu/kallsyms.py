@@ -84,10 +84,9 @@ def read(image: U8) -> Table:
     for tokens in _find_tokens(image):
         for names in _find_names(image, tokens):
             found = _find_offsets(image, tokens, names)
-            if found is not None:
-                offsets, base_at = found
-                texts, types = _expand(image, tokens, names)
-                return Table(texts, types, offsets, base_at)
+            expanded = _expand(image, tokens, names) if found is not None else None
+            if found is not None and expanded is not None:
+                return Table(*expanded, *found)
     raise KallsymsError("no kallsyms tables")
 
 
@@ -233,8 +232,11 @@ def _self_relative(image: U8, at: int, n: int) -> I64 | None:
 # from token numbers to text
 
 
-def _expand(image: U8, tokens: _Tokens, names: _Names) -> tuple[list[str], U8]:
-    """All names in one pass: a count becomes a newline, a second count byte nothing, a token its characters."""
+def _expand(image: U8, tokens: _Tokens, names: _Names) -> tuple[list[str], U8] | None:
+    """All names in one pass: a count becomes a newline, a second count byte nothing, a token its characters.
+
+    None where a name has not even a type.
+    """
     stream = image[names.at : names.end].astype(np.int32)
     heads = names.starts - names.at
     stream[heads[names.two_bytes] + 1] = 257
@@ -245,6 +247,8 @@ def _expand(image: U8, tokens: _Tokens, names: _Names) -> tuple[list[str], U8]:
     ends = np.cumsum(lengths, dtype=np.int32)
     text = chars[np.arange(ends[-1], dtype=np.int32) + np.repeat(starts[stream] - (ends - lengths), lengths)]
     kind_at = ends[heads]  # the newline is the last character before it
+    if kind_at[-1] >= len(text) or (text[kind_at] == ord("\n")).any():
+        return None
     types = text[kind_at]
     text = np.delete(text, kind_at)
     return text[1:].tobytes().decode("latin-1").split("\n"), types

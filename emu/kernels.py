@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
+from emu import jsontext, writing
 from emu.deb import DebError, read_member
 
 Progress: TypeAlias = Callable[[str], None]
@@ -242,9 +243,9 @@ def _recall(name: str) -> Kernel | None:
 
 def _names(root: Path) -> dict[str, str]:
     with suppress(OSError, ValueError):
-        names = json.loads((root / "kernels" / "names.json").read_bytes())
+        names = jsontext.loads((root / "kernels" / "names.json").read_bytes())
         if isinstance(names, dict):
-            return names
+            return {name: folder for name, folder in names.items() if isinstance(folder, str)}
     return {}
 
 
@@ -252,7 +253,7 @@ def _load(root: Path, name: str, folder: str) -> Kernel | None:
     """The kernel in a folder of the cache; None where it is not whole."""
     place = root / "kernels" / folder
     with suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads((place / "kernel.json").read_bytes())
+        facts = jsontext.loads((place / "kernel.json").read_bytes())
         if (place / "vmlinuz").stat().st_size == facts["size"]:
             parts = {key: str(facts[key]) for key in ("package", "version", "upstream", "flavour", "suite", "sha256")}
             return Kernel(name=name, path=place / "vmlinuz", **parts)
@@ -296,7 +297,7 @@ def _fill(apt: _Apt, name: str, candidate: Candidate, part: Path) -> None:
     except DebError as error:
         raise KernelError(f"{candidate.package} {candidate.version} cannot be unpacked ({error})") from None
     deb.unlink()
-    (part / "vmlinuz").write_bytes(content)
+    writing.write(part / "vmlinuz", content)
     facts = {"name": name, **asdict(candidate), "download": candidate.size, "size": len(content), "member": member}
     _write_json(part / "kernel.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
 
@@ -307,9 +308,7 @@ def _is_kernel(member: str) -> bool:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, path)
+    writing.write(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
@@ -452,7 +451,7 @@ class _Apt:
 def _fresh_index(file: Path) -> list[Candidate]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         if 0 <= time.time() - file.stat().st_mtime < INDEX_AGE:
-            return [Candidate(**row) for row in json.loads(file.read_bytes())["kernels"]]
+            return [Candidate(**row) for row in jsontext.loads(file.read_bytes())["kernels"]]
     return []
 
 

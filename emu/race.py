@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,7 +68,8 @@ class Finding:
 @dataclass(frozen=True)
 class RaceResult:
     """What a search found. `interleavings`: different schedules covered; `runs`: those run to their end (the others go
-    on as one of these does); `preemptions`: the bound, None for none; `seconds` of CPU time, of the search alone."""
+    on as one of these does); `preemptions`: the bound, None for none; `wrong`: schedules, random ones too, that end in
+    a finding; `seconds` of CPU time, of the search alone."""
 
     interleavings: int
     runs: int
@@ -79,6 +80,7 @@ class RaceResult:
     mode: str
     outcomes: tuple[tuple[Outcome, int], ...]
     findings: tuple[Finding, ...]
+    wrong: int
     seconds: float
 
 
@@ -172,9 +174,13 @@ class Race:
             except Learned:
                 continue
             outcomes = tuple((outcome, (counts + walked)[i]) for i, outcome in enumerate(explorer.outcomes))
-            found = self._findings(explorer, outcomes)
+            judged = [(count, self._judged(explorer, outcome, count)) for outcome, count in outcomes]
+            found, wrong = (
+                self._merged(each for _, some in judged for each in some),
+                sum(n for n, some in judged if some),
+            )
             size = (counts.total(), runs, self.stepper.steps - steps, explorer.states, walks)
-            return RaceResult(*size, preemptions, self.mode, outcomes, found, seconds)
+            return RaceResult(*size, preemptions, self.mode, outcomes, found, wrong, seconds)
 
     def replay(self, schedule: Schedule | str) -> tuple[list[Finding], list[Event]]:
         """Runs one schedule: what is wrong with its end, and all events in order.
@@ -196,7 +202,7 @@ class Race:
             finally:
                 self.stepper.trace = None
             replayed = replace(explorer.outcomes[number], schedule=wanted)
-            return self._judged(explorer, [(replayed, 1)]), events
+            return self._judged(explorer, replayed, 1), events
 
     def columns(self, schedule: Schedule | str) -> str:
         """What each actor does, in order of time, one column for each."""
@@ -226,25 +232,23 @@ class Race:
 
     # judging
 
-    def _findings(self, explorer: Explorer, outcomes: Sequence[tuple[Outcome, int]]) -> tuple[Finding, ...]:
+    def _merged(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
         """One for each thing that is wrong, that with the shortest schedule; the counts of the others are added."""
         merged: dict[tuple[object, ...], Finding] = {}
-        for finding in self._judged(explorer, outcomes):
+        for finding in findings:
             known = merged.get(finding.key)
             count = finding.count + (known.count if known else 0)
             first = min([f for f in (known, finding) if f], key=lambda f: (f.schedule.preemptions, len(f.schedule)))
             merged[finding.key] = replace(first, count=count)
         return tuple(merged.values())
 
-    def _judged(self, explorer: Explorer, outcomes: Sequence[tuple[Outcome, int]]) -> list[Finding]:
-        serial = [outcome for outcome in explorer.outcomes if not outcome.schedule.preemptions]
-        found = []
-        for outcome, count in outcomes:
-            found += [Finding(n.kind, f"{n.actor}: {n.text}", outcome.schedule, count) for n in outcome.notes]
-            if self.serial and not any(np.array_equal(outcome.tables, other.tables) for other in serial):
-                found.append(self._lost(outcome, serial, count))
-            found += [Finding(kind, text, outcome.schedule, count) for kind, text in self._wrong(explorer, outcome)]
-        return found
+    def _judged(self, explorer: Explorer, outcome: Outcome, count: int) -> list[Finding]:
+        """What is wrong with an end that `count` schedules have."""
+        serial = [other for other in explorer.outcomes if not other.schedule.preemptions]
+        found = [Finding(n.kind, f"{n.actor}: {n.text}", outcome.schedule, count) for n in outcome.notes]
+        if self.serial and not any(np.array_equal(outcome.tables, other.tables) for other in serial):
+            found.append(self._lost(outcome, serial, count))
+        return found + [Finding(kind, text, outcome.schedule, count) for kind, text in self._wrong(explorer, outcome)]
 
     def _lost(self, outcome: Outcome, serial: Sequence[Outcome], count: int) -> Finding:
         """What differs from the serial order that is nearest."""

@@ -13,19 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import operator
 import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from emu import jsontext, writing
 from emu.image import ImageError, KernelImage
 from pgtable import CPUS, PhysicalMemory, Registers
 from pgtable.bits import Words
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MAGIC = b"pgtable snapshot"
 VERSION = 1
 ALIGN = 1 << 16  # of RAM in the file: the largest page that a host maps
+RAM_END = 1 << 52
 _HEAD = struct.Struct("<16sIII")
 _CHUNK = 16 << 20
 _ADDRESSES = ("kaslr_offset", "base")  # of Origin: strings in the header
@@ -91,10 +93,7 @@ class Snapshot:
             with open(place, "rb") as file:
                 head = _header(place, file)
                 size = os.fstat(file.fileno()).st_size
-            parts = tuple(Part(*part) for part in head["ram"])
-            needed = max(part.offset + part.size for part in parts)
-            if size < needed:
-                raise SnapshotError(f"{place} is cut short: {size} of {needed} bytes are there")
+            parts = _parts(place, head["ram"], size)
             origin = Origin(**{**head["origin"], **_numbers({name: head["origin"][name] for name in _ADDRESSES})})
             return cls(place, origin, parts, _numbers(head["general"]), _numbers(head["system"]))
         except OSError as error:
@@ -102,7 +101,7 @@ class Snapshot:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, SnapshotError):
                 raise
-            raise SnapshotError(f"{place} has a damaged header: {error!r}") from None
+            raise SnapshotError(f"{place} has a damaged header: {type(error).__name__} {str(error)[:200]}") from None
 
     @cached_property
     def memory(self) -> PhysicalMemory:
@@ -163,13 +162,35 @@ def _header(path: Path, file: IO[bytes]) -> dict[str, Any]:
     _, version, length, crc = _HEAD.unpack(raw)
     if version != VERSION:
         raise SnapshotError(f"{path} has version {version} of the format, and this pgtable reads {VERSION}: boot again")
-    text = file.read(length)
+    text = file.read(min(length, ALIGN))
     if len(text) < length:
         raise SnapshotError(f"{path} is cut short: its header ends after {len(text)} of {length} bytes")
     if zlib.crc32(text) != crc:
         raise SnapshotError(f"{path} has a damaged header: its checksum is wrong")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = jsontext.loads(text)
     return found
+
+
+def _parts(path: Path, rows: Sequence[Sequence[int]], size: int) -> tuple[Part, ...]:
+    """The RAM regions, which a file of `size` bytes has."""
+    parts = tuple(Part(*(operator.index(number) for number in row)) for row in rows)
+    needed = max(part.offset + part.size for part in parts)
+    if size < needed:
+        raise SnapshotError(f"{path} is cut short: {size} of {needed} bytes are there")
+    for part in parts:
+        if (
+            part.offset < ALIGN
+            or part.offset % ALIGN
+            or part.size <= 0
+            or part.size % PAGE
+            or part.base % PAGE
+            or not 0 <= part.base < RAM_END - part.size
+        ):
+            raise SnapshotError(f"{path} has a damaged header: RAM of {part.size} bytes at {part.base:#x}")
+    for part, above in pairwise(sorted(parts)):
+        if part.base + part.size > above.base:
+            raise SnapshotError(f"{path} has a damaged header: two RAMs at {above.base:#x}")
+    return parts
 
 
 def _numbers(words: Mapping[str, str]) -> dict[str, int]:
@@ -201,28 +222,12 @@ def save(
     text = json.dumps(head).encode()
     if _HEAD.size + len(text) > ALIGN:
         raise ValueError(f"a header of {len(text)} bytes does not fit {ALIGN}")
-    with _replacing(Path(path)) as out:
+    with writing.replacing(path) as out:
         out.write(_HEAD.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
         for part, (_, source) in zip(parts, ram, strict=True):
             _copy(source, out, part.offset)
         out.truncate(start)
     return Snapshot.load(path)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path` when it is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _copy(source: Path | Words, out: IO[bytes], offset: int) -> None:

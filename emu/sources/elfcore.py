@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from emu.sources.errors import SourceError
-from emu.sources.ram import PHYSICAL, FileMemory, PagedMemory, Segment, disjoint
+from emu.sources.ram import PHYSICAL, FileMemory, PagedMemory, Segment, disjoint, read_at
 from emu.sources.vmcoreinfo import NOTE, VmcoreInfo
 from pgtable.memory import PAGE
 
@@ -33,7 +33,7 @@ SECTION_INFO_AT = 44  # sh_info: the number of program headers where e_phnum can
 PN_XNUM = 0xFFFF
 ET_CORE, EM_AARCH64, PT_LOAD, PT_NOTE = 4, 183, 1, 4
 NT_PRSTATUS = 1
-LARGEST_NOTES = 64 << 20
+LARGEST_NOTES = LARGEST_TABLE = 64 << 20
 PRSTATUS_REGS = 112  # pr_reg's place in an arm64 prstatus: X0 to X30, SP, PC, PSTATE
 GENERAL = (*(f"X{i}" for i in range(31)), "SP", "PC", "PSTATE")
 NEEDED = "an arm64 memory dump (ELF core of QEMU or kdump) is needed"
@@ -79,8 +79,8 @@ def _programs(path: str, file: int) -> np.ndarray[tuple[int], np.dtype[np.void]]
     if machine != EM_AARCH64:
         raise SourceError(f"{path} is a core of another architecture (ELF machine {machine}); {NEEDED}")
     if count == PN_XNUM:
-        count = int.from_bytes(os.pread(file, 4, sections + SECTION_INFO_AT), "little")
-    table = os.pread(file, count * PROGRAM.itemsize, start)
+        count = int.from_bytes(read_at(file, 4, sections + SECTION_INFO_AT), "little")
+    table = read_at(file, min(count * PROGRAM.itemsize, LARGEST_TABLE), start)
     if entry != PROGRAM.itemsize or len(table) < count * PROGRAM.itemsize:
         raise SourceError(f"{path} is a truncated or damaged ELF core: its {count} program headers are not all there")
     return np.frombuffer(table, PROGRAM)
@@ -89,7 +89,7 @@ def _programs(path: str, file: int) -> np.ndarray[tuple[int], np.dtype[np.void]]
 def _notes(path: str, file: int, row: np.void) -> list[tuple[str, int, bytes]]:
     """(name, type, content) of the notes in a PT_NOTE row."""
     size = int(row["filesz"])
-    data = os.pread(file, min(size, LARGEST_NOTES), int(row["offset"]))
+    data = read_at(file, min(size, LARGEST_NOTES), int(row["offset"]))
     if len(data) < size:
         raise SourceError(f"{path} is a truncated or damaged ELF core: its notes are not all there")
     found, at = [], 0

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from emu.sources.errors import SourceError
-from emu.sources.ram import PagedMemory
+from emu.sources.ram import PagedMemory, read_at
 from emu.sources.vmcoreinfo import VmcoreInfo
 from pgtable.memory import PAGE
 
@@ -35,6 +36,8 @@ ZLIB, LZO, SNAPPY, ZSTD = 1, 2, 4, 0x20
 BLOCKS = (4096, 16384, 65536)
 MACHINE_AT = 4 * 65  # utsname.machine
 LARGEST_TEXT = 1 << 20
+LARGEST_BITMAPS = 1 << 30  # bytes of both: 16 TiB of pages of 4 KiB
+GROUP = 4096  # bytes of a bitmap that are looked at together
 Read = Callable[[int, int], bytes]
 
 
@@ -54,7 +57,7 @@ def is_kdump(head: bytes) -> bool:
 def open_kdump(path: str, file: int) -> Kdump:
     """The dump `path`, open as `file`. Raises SourceError."""
     flattened = os.pread(file, len(FLATTENED), 0) == FLATTENED
-    read = _Pieces(path, file).read if flattened else lambda at, n: os.pread(file, n, at)
+    read = _Pieces(path, file).read if flattened else lambda at, n: read_at(file, n, at)
     dump = _Dump(path, read)
     if dump.needs_library():
         return Kdump(_by_drgn(path, dump), dump.info)
@@ -69,7 +72,7 @@ class _Pieces:
         rows: dict[int, tuple[int, int]] = {}
         at = FLATTENED_HEADER
         while True:
-            head = os.pread(file, PIECE.size, at)
+            head = read_at(file, PIECE.size, at)
             if len(head) < PIECE.size:
                 raise SourceError(f"{path} is a truncated flattened kdump file: its end mark is missing")
             offset, size = PIECE.unpack(head)
@@ -89,7 +92,7 @@ class _Pieces:
             place, size = self.rows[i] if i >= 0 else (0, 0)
             skip = at - self.starts[i] if i >= 0 else 0
             if skip < size:
-                part = os.pread(self.file, min(n, size - skip), place + skip)
+                part = read_at(self.file, min(n, size - skip), place + skip)
             else:
                 following = self.starts[i + 1] - at if i + 1 < len(self.starts) else n
                 part = bytes(min(n, following))
@@ -134,13 +137,15 @@ class _Dump:
 
     def _read_tables(self, first: int, bitmaps: int, max_pfn: int) -> None:
         size = bitmaps * self.block
+        if size > LARGEST_BITMAPS:
+            raise self.error(f"is a damaged kdump file: its header says {size} bytes of bitmaps")
         data = self.read(first * self.block, size)
-        if len(data) < size:
+        if len(data) < size or max_pfn < 1:
             raise self.error("is a truncated kdump file: its bitmaps are not all there")
-        both = np.frombuffer(data, np.uint8)
-        self.dumped = both[size // 2 :][: -(-max_pfn // 8)]
-        counts = np.bitwise_count(self.dumped).astype(np.int64)
-        self.before = np.cumsum(counts) - counts  # pages there, by byte of the bitmap
+        self.dumped = np.frombuffer(data, np.uint8)[size // 2 :][: -(-max_pfn // 8)]
+        # How many pages are there before each GROUP bytes of the bitmap.
+        counts = np.add.reduceat(np.bitwise_count(self.dumped), self._groups, dtype=np.int64)
+        self.before = np.cumsum(counts) - counts
         self.descriptors = (first + bitmaps) * self.block
         n = int(counts.sum())
         last = self.read(self.descriptors + (n - 1) * DESCRIPTOR.size, DESCRIPTOR.size) if n else b""
@@ -150,15 +155,29 @@ class _Dump:
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         """(PA, bytes) of the pages that are there, in order."""
-        there = np.unpackbits(self.dumped, bitorder="little")
-        edges = np.flatnonzero(np.diff(there, prepend=0, append=0)).reshape(-1, 2)
-        return [(int(start) * self.block, int(end - start) * self.block) for start, end in edges]
+        found: list[tuple[int, int]] = []
+        for at in self._groups.tolist():
+            group = self.dumped[at : at + GROUP]
+            if not group.any():
+                continue
+            there = np.unpackbits(group, bitorder="little")
+            for start, end in (np.flatnonzero(np.diff(there, prepend=0, append=0)).reshape(-1, 2) + 8 * at).tolist():
+                if found and sum(found[-1]) == start * self.block:
+                    start = found.pop()[0] // self.block
+                found.append((start * self.block, (end - start) * self.block))
+        return found
+
+    @property
+    def _groups(self) -> npt.NDArray[np.int64]:
+        return np.arange(0, len(self.dumped), GROUP)
 
     def _descriptor(self, pfn: int) -> tuple[int, int, int] | None:
         byte, bit = divmod(pfn, 8)
         if byte >= len(self.dumped) or not self.dumped[byte] >> bit & 1:
             return None
-        number = int(self.before[byte]) + (int(self.dumped[byte]) & ((1 << bit) - 1)).bit_count()
+        group = byte // GROUP
+        number = int(self.before[group]) + int(np.bitwise_count(self.dumped[group * GROUP : byte]).sum(dtype=np.int64))
+        number += (int(self.dumped[byte]) & ((1 << bit) - 1)).bit_count()
         data = self.read(self.descriptors + number * DESCRIPTOR.size, DESCRIPTOR.size)
         offset, size, flags, _ = DESCRIPTOR.unpack(data)
         return offset, size, flags

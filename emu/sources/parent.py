@@ -33,6 +33,7 @@ from pgtable.registers import NAMES, Registers
 
 VARIABLE = "PGTABLE_PARENT"
 AT_ONCE = 64  # pages that are asked for together
+LARGEST = 1 << 24  # bytes of an answer
 
 
 class Parent:
@@ -47,14 +48,18 @@ class Parent:
         try:
             self._socket.sendall(" ".join(words).encode() + b"\n")
             kind, _, size = self._answers.readline().decode().partition(" ")
-            content = self._answers.read(int(size or 0))
-        except OSError:
+            content = self._answers.read(min(int(size or 0), LARGEST))
+        except (OSError, ValueError):
             kind = ""
         if kind == "no":
-            raise SourceError(content.decode())
-        if kind != "ok":
+            raise SourceError(content.decode("utf-8", "replace") or "the debugger does not say why")
+        if kind != "ok" or len(content) != int(size or 0):
             raise SourceError("the debugger that started this command is gone")
         return content
+
+    def text(self, *words: str) -> str:
+        """The answer as text."""
+        return self.ask(*words).decode("utf-8", "replace")
 
     def close(self) -> None:
         """Ends the connection."""
@@ -66,7 +71,7 @@ class ParentMemory(PagedMemory):
     """The guest's RAM."""
 
     def __init__(self, parent: Parent) -> None:
-        super().__init__(self._one, ram_ranges(parent.ask("ranges").decode()))
+        super().__init__(self._one, ram_ranges(parent.text("ranges")))
         self.parent = parent
 
     def close(self) -> None:
@@ -81,9 +86,11 @@ class ParentMemory(PagedMemory):
         content, at = self.parent.ask("pages", *(f"{pa:x}" for pa in pas)), 0
         found: list[bytes | None] = []
         for _ in pas:
-            there = content[at]
+            there = content[at : at + 1] == b"\1"
             found.append(content[at + 1 : at + 1 + PAGE] if there else None)
             at += 1 + PAGE * there
+        if at != len(content):
+            raise SourceError("the debugger that started this command gives no whole pages")
         return found
 
     def gather(self, pas: Words) -> tuple[Words, Flags]:
@@ -106,10 +113,11 @@ class ParentSymbols(Mapping[str, int]):
         self.parent = parent
 
     def __getitem__(self, name: str) -> int:
-        answer = self.parent.ask("symbol", name)
-        if not answer:
-            raise KeyError(name)
-        return int(answer, 0)
+        answer = self.parent.text("symbol", name)
+        try:
+            return int(answer, 0)
+        except ValueError:  # it has none
+            raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -122,7 +130,7 @@ class ParentSymbols(Mapping[str, int]):
 
     def at(self, va: int) -> str:
         """Where `va` is, NAME or NAME+0xOFFSET; "" where no symbol says."""
-        return self.parent.ask("place", f"{va:#x}").decode()
+        return self.parent.text("place", f"{va:#x}")
 
 
 def open_parent(word: str) -> tuple[ParentMemory, Registers, ParentSymbols]:
@@ -133,7 +141,7 @@ def open_parent(word: str) -> tuple[ParentMemory, Registers, ParentSymbols]:
     except (OSError, ValueError):
         raise SourceError(f"{word} is for the script of `pgtable gdb-script` only") from None
     try:
-        values = parse_registers(parent.ask("registers", *SHORT, *NAMES).decode())
+        values = parse_registers(parent.text("registers", *SHORT, *NAMES))
         if "TCR_EL1" not in values:
             raise SourceError("the debugger gives no system registers (with QEMU's stub, for AArch64 guests, it does)")
         return ParentMemory(parent), Registers(None, **values), ParentSymbols(parent)

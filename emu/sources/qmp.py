@@ -11,6 +11,7 @@ import json
 import socket
 from typing import Any
 
+from emu import jsontext
 from emu.sources.errors import SourceError
 
 TIMEOUT = 20.0  # seconds that an answer may take
@@ -56,7 +57,7 @@ class Qmp:
                 continue
             self._buffer = rest
             try:
-                message = json.loads(line)
+                message = jsontext.loads(line)
             except ValueError:
                 continue
             if isinstance(message, dict):

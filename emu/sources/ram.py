@@ -220,6 +220,12 @@ class FileMemory:
                 yield at - segment.offset + segment.pa, np.frombuffer(data[: len(data) & -PAGE], np.uint64)
 
 
+def read_at(file: int, n: int, at: int) -> bytes:
+    """`n` bytes of a file from `at` on, fewer where it ends first: what a header says costs no memory."""
+    there = os.fstat(file).st_size - at
+    return os.pread(file, min(n, there), at) if n > 0 and at >= 0 and there > 0 else b""
+
+
 def _map(file: int, name: str) -> mmap.mmap:
     try:
         return mmap.mmap(file, 0, access=mmap.ACCESS_READ)

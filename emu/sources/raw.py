@@ -48,8 +48,8 @@ def open_file(path: str) -> int:
     """A file descriptor for reading the regular file `path`. Raises SourceError."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise SourceError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from None
     if stat.S_ISDIR(os.fstat(file).st_mode):
         os.close(file)
         raise SourceError(f"{path} is a directory, a memory dump is needed")

@@ -6,10 +6,10 @@ reads; gdb's short names of QEMU (SCTLR, VBAR) are known too. What is given over
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from emu import jsontext
 from emu.sources.errors import SourceError
 from pgtable.registers import NAMES, Registers
 
@@ -42,7 +42,7 @@ def parse_registers(text: str, name: str = "the register text") -> dict[str, int
     """The registers in `text`, lines or JSON; `name` is what an error calls it. Raises SourceError."""
     if text.lstrip().startswith("{"):
         try:
-            found = json.loads(text)
+            found = jsontext.loads(text)
         except ValueError as error:
             raise SourceError(f"{name} begins like JSON but is not ({error})") from None
         for key, value in found.items():

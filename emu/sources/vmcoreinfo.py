@@ -50,28 +50,43 @@ class VmcoreInfo:
     @property
     def page_size(self) -> int:
         """Bytes of a page."""
-        return int(self.rows.get("PAGESIZE", "4096"))
+        return self._integer("PAGESIZE", "4096", 10)
 
     @property
     def kaslr_offset(self) -> int:
         """How far above its link address the kernel runs."""
-        return int(self.rows.get("KERNELOFFSET", "0"), 16)
+        return self._integer("KERNELOFFSET", "0", 16)
 
     @cached_property
     def symbols(self) -> dict[str, int]:
         """Run-time addresses of the symbols that it names."""
-        return {k[7:-1]: int(v, 16) for k, v in self.rows.items() if k.startswith("SYMBOL(") and k.endswith(")")}
+        names = [key for key in self.rows if key.startswith("SYMBOL(") and key.endswith(")")]
+        return {key[7:-1]: self._integer(key, "0", 16) & _U64 for key in names}
 
     def number(self, name: str) -> int | None:
         """`NUMBER(name)`, modulo 2^64; None where it is not there."""
-        value = self.rows.get(f"NUMBER({name})")
-        return None if value is None else int(value, 0) & _U64
+        key = f"NUMBER({name})"
+        return self._integer(key, "0", 0) & _U64 if key in self.rows else None
+
+    def _integer(self, key: str, default: str, base: int) -> int:
+        value = self.rows.get(key, default)
+        try:
+            return int(value, base)
+        except ValueError:
+            raise SourceError(f"the VMCOREINFO says {key}={value[:40]!r}, which is no number") from None
+
+    def _bits(self, name: str) -> int | None:
+        """`NUMBER(name)`, an amount of VA bits."""
+        value = self.number(name)
+        if value is not None and not 16 <= value <= 64:
+            raise SourceError(f"the VMCOREINFO says {name}={value}, which is no size of an address")
+        return value
 
     @property
     def va_bits(self) -> int | None:
         """The VA bits that this boot runs with (T1SZ), else those it was built for; None where it says neither."""
         size = self.number("TCR_EL1_T1SZ")
-        return self.number("VA_BITS") if size is None else 64 - size
+        return self._bits("VA_BITS") if size is None else 64 - (size & 63)
 
     @property
     def root(self) -> int | None:
@@ -84,7 +99,7 @@ class VmcoreInfo:
 
         The linear map is the lower half of the kernel's addresses, as built (VA_BITS), from PHYS_OFFSET on.
         """
-        built, start = self.number("VA_BITS"), self.number("PHYS_OFFSET")
+        built, start = self._bits("VA_BITS"), self.number("PHYS_OFFSET")
         if built is None or start is None or not (1 << 64) - (1 << built) <= va < (1 << 64) - (1 << built - 1):
             return None
         return (va - ((1 << 64) - (1 << built)) + start) & _U64
@@ -98,7 +113,10 @@ class VmcoreInfo:
         if root is None or bits is None or self.page_size not in _TG:
             needed = "swapper_pg_dir, kimage_voffset and VA_BITS of an arm64 kernel are needed"
             raise SourceError(f"the VMCOREINFO of {self.release or 'this kernel'} does not say enough: {needed}")
-        return linux_registers(root, self.page_size, bits, wide=self.number("MAX_PHYSMEM_BITS") == 52)
+        try:
+            return linux_registers(root, self.page_size, bits, wide=self.number("MAX_PHYSMEM_BITS") == 52)
+        except ValueError as error:
+            raise SourceError(f"the VMCOREINFO of {self.release or 'this kernel'} makes no sense: {error}") from None
 
 
 def linux_registers(root: int, page_size: int, va_bits: int, *, wide: bool = False, upper: bool = True) -> Registers:
