@@ -2,6 +2,7 @@
 #   make run     the main job: a real kernel's set_memory_valid on numpy tables, judged
 #   make test    the tests (PYTEST_MARK='full or not full' for everything)
 #   make check   format, lint, types, tests
+#   make docs    the documentation site, into build/site
 #   make clean   removes .venv and everything made; fetched kernels stay in the user's cache
 PYTHON ?= python3
 PYTEST_MARK ?= not full
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test check format lint types clean
+.PHONY: run test check format lint types docs clean
 
 run: $(VENV)/.run-installed
 	@$(BIN)/python -m emu.demo
@@ -25,6 +26,10 @@ lint: $(VENV)/.dev-installed
 
 types: $(VENV)/.dev-installed
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases docs/_site
+
+docs: $(VENV)/.dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff format .

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernel_model": {"pgtable", "numpy"},
     "emu": {
         *("pgtable", "kernel_model", "numpy", "unicorn", "capstone", "elftools", "click", "rich", "platformdirs"),
-        *("backports", "drgn", "qemu", "gdb"),
+        *("backports", "drgn", "qemu", "gdb", "distributed"),
     },
 }
 
@@ -35,6 +35,7 @@ ONLY = {
     "click": {"demo.py"},  # and cli*.py
     "rich": set(),
     "gdb": {"gdb_script.py"},
+    "distributed": {"workers.py"},
 }
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -14,6 +14,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from emu import jsontext
+
 
 class StoredError(ValueError):
     """A case that cannot be stored, or a file that holds no case of a function; says why."""
@@ -31,7 +33,7 @@ def load(text: str, function: str, page_size: int, kind: type) -> tuple[str, Any
     Raises StoredError for any other file.
     """
     try:
-        data = json.loads(text)
+        data = jsontext.loads(text)
         name, flavour, pages, case = (data[key] for key in ("function", "world", "page_size", "case"))
     except (ValueError, KeyError, TypeError) as error:
         raise StoredError(f"not a stored case: {error}") from None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from emu import writing
+
 ASSEMBLER = "aarch64-linux-gnu-as"
 ORIGIN = 0
 
@@ -80,6 +82,6 @@ def remake() -> None:
     for name in names():
         here = Path(str(resources.files(__name__)))
         made = assemble((here / f"{name}.S").read_text(), name)
-        (here / f"{name}.hex").write_text("".join(f"{word:08x}\n" for word in made.words))
-        (here / f"{name}.lst").write_text(made.listing())
+        writing.write(here / f"{name}.hex", "".join(f"{word:08x}\n" for word in made.words))
+        writing.write(here / f"{name}.lst", made.listing())
         print(f"{name}: {len(made.words)} instructions", file=sys.stderr)

@@ -126,6 +126,20 @@ def test_the_result_is_printed_where_its_cases_cannot_be_saved(monkeypatch: pyte
     assert "file/folder" in result.stderr
 
 
+@pytest.mark.parametrize("value", [7, -1, 1 << 64])
+def test_a_stored_case_with_numbers_that_no_check_makes_is_refused(value: int) -> None:
+    """A walk_lock that Linux has not."""
+    harness = registry.harness("walk_page_range")
+    world = campaign.Worlds(kernel_image("debian:6.12")).of(harness, "plain")
+    data = json.loads(stored.dump(harness.function, "plain", 4096, next(iter(harness.prepared(world)))))
+    data["case"]["walk_lock"] = value
+    Path("case.json").write_text(json.dumps(data))
+    result = run("check", "walk_page_range", "--kernel", "debian:6.12", "--case", "case.json")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("pgtable: error: case case.json: cannot be run on debian:6.12")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_stored_case_of_set_memory_valid_is_run_without_cases() -> None:
     harness = registry.harness("set_memory_valid")
     world = campaign.Worlds(kernel_image("debian:7.3")).of(harness, "plain")

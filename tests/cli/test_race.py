@@ -69,6 +69,9 @@ def test_the_list_has_every_scenario_with_its_options() -> None:
         (("lost-update",), "give --kernel KERNEL or --snapshot FILE"),
         (("lost-update", "--kernel", "x", "--preemptions", "-1"), "--preemptions -1: must be a number or all"),
         (("lost-update", "--kernel", "x", "--with", "lock"), "must be NAME=VALUE"),
+        (("lost-update", "--kernel", "x", "--kernel", "y"), "give --kernel KERNEL or --snapshot FILE, one of them"),
+        (("--campaign", "/nowhere/a.db"), "--campaign needs --kernel KERNEL"),
+        (("--campaign", "/nowhere/a.db", "--kernel", "x", "--replay", "A B"), "--campaign takes none of --snapshot"),
     ],
 )
 def test_bad_input_is_one_sentence(args: tuple[str, ...], message: str) -> None:
