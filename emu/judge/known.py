@@ -368,7 +368,7 @@ KNOWN_RME: tuple[Known[rme.Context], ...] = (
     Known(
         "T35",
         "QEMU 11.1",
-        "with HCR_EL2.GPF a granule that refuses goes to EL2 (RouteToEL2), a Non-secure Only one too; QEMU leaves it at EL1",
+        "with HCR_EL2.GPF a refusing granule goes to EL2 (RouteToEL2), Non-secure Only ones too; QEMU leaves it at EL1",
         rme.refused_nonsecure_only,
     ),
 )

@@ -70,7 +70,7 @@ def par_space(c: Context) -> bool:
 
 
 def table_of_secure(c: Context) -> bool:
-    """T33: a table of Secure state's stage 1 is in Non-secure memory, by SA or NSA, not by where stage 2's tables are."""
+    """T33: SA or NSA puts a table of Secure state's stage 1 in Non-secure memory, not where stage 2's tables are."""
     if not isinstance(c.walk, NestedWalk) or c.walk.params.space is not PASpace.SECURE:
         return False
     return any(
