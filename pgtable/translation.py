@@ -44,8 +44,8 @@ class Translation(NamedTuple):
     def par(self) -> int:
         """PAR_EL1 after an AT instruction (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
         pa = self.pa & PAR_OK["PA"].value_mask
-        nse = 1 if self.space is None else self.space.nse
-        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=nse, PA=pa, ATTR=self.attr)
+        nse, ns = (1, int(self.ns)) if self.space is None else (self.space.nse, self.space.ns)
+        return PAR_OK.pack(SH=self.sh, NS=ns, NSE=nse, PA=pa, ATTR=self.attr)
 
 
 _GP = Format().leaf(LAST_LEVEL)["GP"].mask
