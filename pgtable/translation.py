@@ -17,8 +17,8 @@ class Translation(NamedTuple):
     """Where an access goes. `word` and `level`: the leaf; level is None with the MMU off.
 
     `attr`: memory attributes as a MAIR byte. `sh`: effective shareability. `perms`: permission bits of every level
-    (permissions.py), before PAN. `ns`: the output address is Non-secure. `space`: the space that it is in; None
-    without FEAT_RME.
+    (permissions.py), before PAN. `ns`: the output address is Non-secure; of EL3 with FEAT_RME, NS of its space's
+    {NSE, NS}. `space`: the space that it is in; None without FEAT_RME.
     """
 
     pa: int
@@ -44,8 +44,8 @@ class Translation(NamedTuple):
     def par(self) -> int:
         """PAR_EL1 after an AT instruction (pseudocode EncodePAR): PA at 4K resolution, attributes, shareability."""
         pa = self.pa & PAR_OK["PA"].value_mask
-        nse, ns = (1, int(self.ns)) if self.space is None else (self.space.nse, self.space.ns)
-        return PAR_OK.pack(SH=self.sh, NS=ns, NSE=nse, PA=pa, ATTR=self.attr)
+        nse = 1 if self.space is None else self.space.nse
+        return PAR_OK.pack(SH=self.sh, NS=int(self.ns), NSE=nse, PA=pa, ATTR=self.attr)
 
 
 _GP = Format().leaf(LAST_LEVEL)["GP"].mask

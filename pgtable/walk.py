@@ -358,6 +358,11 @@ def _updated(p: WalkParams, word: int, access: Access) -> int:
     return new
 
 
+def _reported_ns(p: WalkParams, space: PASpace) -> bool:
+    """NS as PAR_EL1 has it: EL3 tells four spaces, another state its own from Non-secure (pseudocode EncodePAR)."""
+    return bool(space.ns) if p.space is PASpace.ROOT else space is PASpace.NONSECURE
+
+
 def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: Access, attr: int, perms: int) -> _Leaf:
     attr = _effective_attr(p, access, attr)
     run = p.run_length(level) if p.features.contiguous_output and word & p.contiguous else 1
@@ -368,7 +373,7 @@ def _leaf_output(p: WalkParams, level: int, word: int, inherited: int, access: A
         sh=OUTER_SHAREABLE if FORCED_OUTER[attr] else p.sh if p.fmt.lpa2 else p.page["SH"].get(word),
         perms=perms,
         nG=bool(p.regime.has_el0 and (p.force_ng or word & p.ng)),
-        ns=space is PASpace.NONSECURE if space else not p.secure or bool(word & p.ns),
+        ns=_reported_ns(p, space) if space else not p.secure or bool(word & p.ns),
         space=space,
         run=run,
     )

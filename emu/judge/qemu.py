@@ -220,6 +220,8 @@ class Oracle:
 
     def _try(self, case: Case, tried: list[int], survive: bool) -> tuple[dict[int, Answer], tuple[int, ...]]:
         """The answers to the queries `tried`, and which of them the guest died of."""
+        if not tried:
+            return {}, ()
         after = [("READ FAR_EL3", 0), ("READ MFAR_EL3", 0)] if GPCCR in self.registers else []
         each = 1 + len(after)
         queries = (case.queries[i] for i in tried)

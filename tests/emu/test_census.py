@@ -71,6 +71,20 @@ def logging_qemu(folder: Path, addresses: list[int]) -> Path:
 
 
 @functools.cache
+def agreeing(kernel: str) -> tuple[Census, dict[str, range]]:
+    """`observed`; where the counts differ, that of another boot: on a loaded machine QEMU's log has once missed a line.
+
+    A mistake of ours is there in every boot.
+    """
+    found, executed = observed(kernel)
+    counted = of_function(found)
+    if all(counted[name] in logged for name, logged in executed.items()):
+        return found, executed
+    observed.cache_clear()
+    return observed(kernel)
+
+
+@functools.cache
 def observed(kernel: str) -> tuple[Census, dict[str, range]]:
     """A census, and how often QEMU says that it executed each function in the same boot.
 
@@ -93,7 +107,7 @@ def observed(kernel: str) -> tuple[Census, dict[str, range]]:
 @pytest.mark.qemu
 @kernels(*KERNELS)
 def test_qemu_executed_each_function_as_often_as_was_counted(kernel: str) -> None:
-    found, executed = observed(kernel)
+    found, executed = agreeing(kernel)
     counted = of_function(found)
     assert {name: counted[name] for name in executed if counted[name] not in executed[name]} == {}, executed
     assert found.calls >= (2 if kernel == "debian:6.1" else 262)  # without KFENCE, with its pool made

@@ -865,7 +865,7 @@ def kills_in(case: Case) -> Iterator[Kill]:
     wanted = case.answers[case.reference or ""]
     mine = model.by_walk(case)
     for i, (want, have) in enumerate(zip(wanted, mine.answers, strict=True)):
-        if want is not None and have is not None and not same(case, have, want):
+        if want is not None and have is not None and not same(case, have, want, case.queries[i][1]):
             va, op = case.queries[i]
             yield Kill(case.id, i, op, va, shown(want), shown(have))
     if UPDATES_OF in case.answers:

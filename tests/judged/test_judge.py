@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from emu.cli_judge import judge
 from emu.judge.corpus import Case, load, save
-from emu.judge.guest import QemuMissing, find_qemu
+from emu.judge.guest import QemuMissing, find_qemu, qemu_version
 from emu.judge.verdict import Tally, judge_case
 from tests.kernels import lack
 
@@ -136,3 +136,23 @@ def test_missing_qemu_is_one_sentence() -> None:
     done = CliRunner().invoke(judge, ["--qemu", "/nonexistent/qemu"])
     assert done.exit_code == 2
     assert "qemu" in done.output
+
+
+def test_a_cpu_that_qemu_lacks_is_one_sentence() -> None:
+    """QEMU 7.2 has no granule protection, and says so before it runs anything."""
+    try:
+        path = find_qemu()
+    except QemuMissing as error:
+        lack("qemu", str(error))
+    if not qemu_version(path).startswith("7."):
+        pytest.skip(f"{path} knows x-rme")
+    done = CliRunner().invoke(judge, ["--qemu", path, "--cpu", "max,x-rme=on"])
+    assert done.exit_code == 2
+    assert "x-rme" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_the_cpu_is_one_of_those_that_are_known() -> None:
+    done = CliRunner().invoke(judge, ["--qemu", "--cpu", "pentium"])
+    assert done.exit_code == 2
+    assert "'pentium' is not one of" in done.output

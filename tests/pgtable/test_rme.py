@@ -183,6 +183,7 @@ def test_a_realms_el2_executes_in_its_own_space_only(regime: str) -> None:
         found = translate(tree.memory, tree.regs, tree.va, Access.read(el=2)).result
         assert isinstance(found, Translation)
         assert found.space is (NONSECURE if ns else REALM)
+        assert found.par() >> 9 & 1 == ns  # not NS of {NSE, NS}, which is 1 for both
         assert translate(tree.memory, tree.regs, tree.va, Access.fetch(el=2)).ok == (not ns)
 
 
