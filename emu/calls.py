@@ -37,7 +37,7 @@ class CallResult:
     `changes`: descriptors that differ, from a comparison. `maintenance`: TLBI in order. `events`: with
     record="order", TLBI, barriers and table writes in order. `stop`: None, or why it did not return. `x`: X0 to X30,
     () with record="events" or "nothing". `printed`: the messages of printk(), of a booted kernel. `findings`: of a
-    traced machine (emu.tracing).
+    traced machine (emu.tracing); `traced`: whether it was one.
     """
 
     value: int
@@ -49,6 +49,7 @@ class CallResult:
     x: tuple[int, ...] = ()
     printed: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    traced: bool = False
 
     @property
     def signed(self) -> int:

@@ -238,6 +238,7 @@ class Machine(Hooked):
             events=tuple(self._order.events) if record in ("order", "events") else None,
             x=() if record in ("events", "nothing") else tuple(self.cpu.general()),
             findings=self.trace.since(found) if self.trace else (),
+            traced=self.trace is not None,
         )
 
     def run(

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernel_model": {"pgtable", "numpy"},
     "emu": {
         *("pgtable", "kernel_model", "numpy", "unicorn", "capstone", "elftools", "click", "rich", "platformdirs"),
-        *("backports", "drgn", "qemu", "gdb", "distributed"),
+        *("backports", "drgn", "qemu", "gdb", "distributed", "pytest"),
     },
 }
 
@@ -36,6 +36,7 @@ ONLY = {
     "rich": set(),
     "gdb": {"gdb_script.py"},
     "distributed": {"workers.py"},
+    "pytest": {"pytest_plugin.py"},
 }
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import jsonschema  # type: ignore[import-untyped]  # its types are a package of their own
 import pytest
+
+from tests.kernels import kernel_path, lack
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("emu", "kernel_model", "pgtable")
@@ -112,3 +116,22 @@ def test_the_command_runs_where_only_this_is_installed(
     explained = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
     (schema,) = (tmp_path / "venv").glob("lib/python*/site-packages/emu/schema/explain.json")
     jsonschema.validate(json.loads(explained.stdout), json.loads(schema.read_text()))
+
+
+@pytest.mark.kernels
+@pytest.mark.qemu
+def test_the_template_project_runs_with_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    for name in ("debian:6.1", "debian:7.3"):
+        kernel_path(name)
+    if not shutil.which("qemu-system-aarch64"):
+        lack("qemu", "qemu-system-aarch64 is not on PATH")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    words = ("--quiet", "--disable-pip-version-check", "--only-binary", ":all:", f"{wheel}[live]", "pytest")
+    run(python, "-m", "pip", "install", *words)
+    shutil.copytree(ROOT / "examples" / "kernel-regression", tmp_path / "project")
+    command = [tmp_path / "venv" / "bin" / "pytest", "--pgtable-kernel", "debian:6.1", "--pgtable-kernel", "debian:7.3"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path / "project", env=kept)
+    assert done.returncode == 0, done.stdout
+    assert "18 passed, 2 skipped" in done.stdout
