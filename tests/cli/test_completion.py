@@ -115,7 +115,7 @@ class Shell:
     def __init__(self) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.environ.update(PATH=f"{BIN}:{os.environ['PATH']}", TERM="dumb", INPUTRC="/dev/null")
+            os.environ.update(PATH=f"{BIN}:{os.environ['PATH']}", TERM="dumb", INPUTRC="/dev/null", PS1="$ ")
             os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
         os.write(self.fd, b'bind -x \'"\\C-xs": printf "<%s>" "$READLINE_LINE"\'\n')
         os.write(self.fd, b"source <(pgtable completion bash); printf 'rea%s' dy\n")
