@@ -2,7 +2,7 @@
 
 Rules of this file:
 - Two copies of the table pages are all that a run costs; arrays are made when asked for, and a `Change` for one
-  element when it is looked at.
+  element when it is looked at. Runs of equal changes are found in the words, without an array of all changes.
 - A page's level and VA come from the tree as it is afterwards.
 """
 
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from pgtable import Format, PhysicalMemory, Registers
-from pgtable.bits import Words
+from pgtable import Format, Registers
+from pgtable.bits import Flags, Words
+from pgtable.descriptors import LAST_LEVEL
 from pgtable.leaves import Levels, Tables
 from pgtable.leaves import tables as tables_of
-from pgtable.memory import Mark, difference
+from pgtable.memory import Mark, NoMemory, difference
+from pgtable.tree import NO_TABLES, Index
 
 
 class Change(NamedTuple):
@@ -48,6 +50,25 @@ class Change(NamedTuple):
         }
 
 
+class ChangeRun(NamedTuple):
+    """Consecutive descriptors that changed in the same bits, `flips`: `n` of them, from PA `pa` and VA `va` on.
+
+    `old`, `new`: the first of them. `level` and `va` are None for words of table pages that no tree reaches.
+    """
+
+    va: int | None
+    level: int | None
+    pa: int
+    n: int
+    flips: int
+    old: int
+    new: int
+
+    def __str__(self) -> str:
+        where = f"{self.va:#018x} L{self.level}" if self.va is not None else f"PA {self.pa:#x}"
+        return f"{where}, {self.n} descriptors: {self.old:#018x} -> {self.new:#018x}, bits {self.flips:#018x}"
+
+
 class Changes(Sequence[Change]):
     """The changed descriptors in PA order; `va`, `pa`, `old`, `new` uint64 and `level` int8, all of shape (n,).
 
@@ -58,15 +79,17 @@ class Changes(Sequence[Change]):
 
     UNREACHED = -128
 
-    def __init__(self, before: Mark, after: Mark, fmt: Format, regs: Registers | None) -> None:
+    def __init__(
+        self, before: Mark, after: Mark, fmt: Format, regs: Registers | None, known: KnownTables | None = None
+    ) -> None:
         self._before, self._after, self._regs = before, after, regs
+        self._known = known or KnownTables(fmt)
         self.fmt = fmt
 
     @cached_property
     def _columns(self) -> tuple[Words, Words, Words, Words, Levels]:
         pa, old, new = difference(self._before, self._after)
-        tables = _tables(self._after, self._regs) if self._regs and len(pa) else None
-        va, level = _places(pa, self.fmt, tables)
+        va, level = _places(pa, self.fmt, self._tables if len(pa) else None)
         columns = (pa, old, new, va, level)
         if self._before.ranges == self._after.ranges:
             return columns
@@ -98,6 +121,45 @@ class Changes(Sequence[Change]):
         """The level of each."""
         return self._columns[4]
 
+    @cached_property
+    def runs(self) -> list[ChangeRun]:
+        """The same changes, those joined that are neighbours, in PA and in VA, and flip the same bits.
+
+        Costs a comparison of the table pages, whatever the number of changes.
+        """
+        pa, n, old, new, level, va = self._runs()
+        reached = level != self.UNREACHED
+        size = _sizes(self.fmt)[np.maximum(level, -1) + 1]
+        flips = old ^ new
+        goes_on = (pa[1:] == pa[:-1] + n[:-1] * np.uint64(8)) & (flips[1:] == flips[:-1]) & (level[1:] == level[:-1])
+        goes_on &= ~reached[1:] | (va[1:] == va[:-1] + n[:-1] * size[:-1])
+        first = np.flatnonzero(np.append(True, ~goes_on)[: len(pa)])
+        counts = np.add.reduceat(n, first) if len(first) else n
+        rows = zip(*(column[first].tolist() for column in (va, level, pa, flips, old, new, reached)), strict=True)
+        return [
+            ChangeRun(va if there else None, level if there else None, pa, count, flips, old, new)
+            for (va, level, pa, flips, old, new, there), count in zip(rows, counts.tolist(), strict=True)
+        ]
+
+    def _runs(self) -> tuple[Words, Words, Words, Words, Levels, Words]:
+        """Runs within one table page each, in PA order: PA, number, first word before and after, level, VA."""
+        if self._before.ranges != self._after.ranges:
+            return self.pa, np.ones(len(self), np.uint64), self.old, self.new, self.level, self.va
+        parts: list[tuple[Words, ...]] = []
+        for (base, _), before, after in zip(self._before.ranges, self._before.copies, self._after.copies, strict=True):
+            start, count = _equal_flips(before, after, self.fmt.granule.entries)
+            at = start.astype(np.uint64) * np.uint64(8) + np.uint64(base)
+            parts.append((at, count, before[start], after[start]))
+        pa, n, old, new = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(pa, kind="stable")
+        pa, n, old, new = pa[order], n[order], old[order], new[order]
+        va, level = _places(pa, self.fmt, self._tables if len(pa) else None)
+        return pa, n, old, new, level, va
+
+    @cached_property
+    def _tables(self) -> Tables | None:
+        return self._known.tables(self._after, self._regs) if self._regs else None
+
     def __len__(self) -> int:
         return len(self.pa)
 
@@ -124,15 +186,77 @@ class Changes(Sequence[Change]):
         return f"<{len(self)} changed descriptors>"
 
 
-def _tables(mark: Mark, regs: Registers) -> Tables:
-    """The table pages of the tree as it was when `mark` was made, those that it has copies of."""
-    memory = PhysicalMemory(*((pa, 8 * n) for pa, n in mark.ranges))
-    memory.restore(mark)
-    return tables_of(memory, regs)
+PIECE = 1 << 15  # words that are compared in one step: what is made of them stays in the processor's cache
+
+
+def _equal_flips(before: Words, after: Words, entries: int) -> tuple[Index, Words]:
+    """Where words differ: the starts of equal differences, each in one table page, and how many there are."""
+    flips, breaks = np.empty(PIECE, np.uint64), np.empty(PIECE, np.bool_)
+    starts, counts = [np.zeros(0, np.intp)], [np.zeros(0, np.uint64)]
+    for at in range(0, len(before), PIECE):  # a whole number of table pages
+        n = min(PIECE, len(before) - at)
+        np.bitwise_xor(before[at : at + n], after[at : at + n], out=flips[:n])
+        np.not_equal(flips[1:n], flips[: n - 1], out=breaks[1:n])
+        breaks[:n:entries] = True
+        first = np.flatnonzero(breaks[:n])
+        changed = flips[first] != 0
+        starts.append(first[changed] + at)
+        counts.append(np.diff(np.append(first, n))[changed].astype(np.uint64))
+    return np.concatenate(starts), np.concatenate(counts)
+
+
+class _MarkMemory:
+    """The words of a mark as memory that a listing reads (pgtable.memory.TableMemory), without another copy."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._parts = [(pa, 8 * n, words) for (pa, n), words in zip(mark.ranges, mark.copies, strict=True)]
+
+    def fetch(self, pa: int) -> int:
+        return int(self.words(pa, 1)[0])
+
+    def words(self, pa: int, n: int) -> Words:
+        for base, size, words in self._parts:
+            if base <= pa and pa + 8 * n <= base + size:
+                return words[pa - base >> 3 :][:n]
+        raise NoMemory(pa)
+
+    def gather(self, pas: Words) -> tuple[Words, Flags]:
+        out, there = np.zeros(pas.shape, np.uint64), np.zeros(pas.shape, np.bool_)
+        for base, size, words in self._parts:
+            offset = pas - np.uint64(base)  # wraps far above `size` below the base
+            inside = offset < np.uint64(size)
+            out[inside] = words[(offset[inside] >> np.uint64(3)).astype(np.int64)]
+            there |= inside
+        return out, there
+
+    def tables(self, pas: Words, n: int) -> tuple[Words, Flags]:
+        words, there = self.gather(pas[:, None] + np.arange(n, dtype=np.uint64) * np.uint64(8))
+        return words, there[:, 0]
+
+
+class KnownTables:
+    """Where the tables of a tree are, looked up again only when a descriptor above the last level has changed."""
+
+    def __init__(self, fmt: Format) -> None:
+        self._offsets = np.arange(0, fmt.granule.page_size, 8, dtype=np.uint64)
+        self._key: tuple[Registers, tuple[tuple[int, int], ...]] | None = None
+        self._slots = self._words = np.zeros(0, np.uint64)
+        self._found = NO_TABLES
+
+    def tables(self, mark: Mark, regs: Registers) -> Tables:
+        """The table pages of the tree as it was when `mark` was made, those that it has copies of."""
+        memory = _MarkMemory(mark)
+        if self._key != (regs, mark.ranges) or not np.array_equal(memory.gather(self._slots)[0], self._words):
+            self._found = found = tables_of(memory, regs)
+            above = found.pa[(found.level < LAST_LEVEL) & found.there]
+            self._slots = (above[:, None] + self._offsets).reshape(-1)
+            self._words = memory.gather(self._slots)[0]
+            self._key = regs, mark.ranges
+        return self._found
 
 
 def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Levels]:
-    """VA and level of the descriptors at `pa`, found through the table pages they are in."""
+    """VA and level of the descriptors at `pa` (ascending), found through the table pages they are in."""
     page = fmt.granule.page_size
     va = np.zeros(len(pa), np.uint64)
     level = np.full(len(pa), Changes.UNREACHED, np.int8)
@@ -140,10 +264,24 @@ def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Level
         return va, level
     order = np.argsort(tables.pa, kind="stable")
     starts = tables.pa[order]
-    first, end = np.searchsorted(pa, starts), np.searchsorted(pa, starts + np.uint64(page))  # pa is ascending
-    for k in np.flatnonzero(end > first).tolist():
-        inside, table = slice(first[k], end[k]), order[k]
-        level[inside] = tables.level[table]
-        size = np.uint64(fmt.granule.level_size(int(tables.level[table])))
-        va[inside] = tables.va[table] + (pa[inside] - starts[k] >> np.uint64(3)) * size
+    last = np.append(starts[1:] != starts[:-1], True)  # a page that is a table twice: its last place
+    order, starts = order[last], starts[last]
+    first, end = np.searchsorted(pa, starts), np.searchsorted(pa, starts + np.uint64(page))
+    table = np.repeat(order, end - first)
+    inside = _ranges(first, end)
+    found = tables.level[table]
+    level[inside] = found
+    va[inside] = tables.va[table] + (pa[inside] - tables.pa[table] >> np.uint64(3)) * _sizes(fmt)[found + 1]
     return va, level
+
+
+def _sizes(fmt: Format) -> Words:
+    """Bytes that a descriptor translates, by level from -1 on; 0 for a level that 64 bits have no room for."""
+    return np.array([fmt.granule.level_size(at) & (1 << 64) - 1 for at in range(-1, LAST_LEVEL + 1)], np.uint64)
+
+
+def _ranges(first: Index, end: Index) -> Index:
+    """The numbers of [first[i], end[i]), one range after the other."""
+    n = end - first
+    numbers: Index = np.arange(int(n.sum())) + np.repeat(first - np.append(0, np.cumsum(n)[:-1]), n)
+    return numbers

@@ -19,7 +19,7 @@ from typing import Self
 
 from emu import coldboot, engine
 from emu.calls import TIMEOUT, Budget, CallResult, State, Warn
-from emu.changes import Changes
+from emu.changes import Changes, KnownTables
 from emu.engine import End, Ended
 from emu.exceptions import Stop
 from emu.hooks import Hooked, Running
@@ -48,6 +48,7 @@ class Machine(Hooked):
         super().__init__(made, image, features, vectors)
         self.stubs: dict[int, Callable[[Machine], int | None]] = {}
         self._known: Mark | None = None  # table words when the guest last ran
+        self._known_tables = KnownTables(self.tables.fmt)
         self._start(made.registers)
 
     @classmethod
@@ -329,7 +330,7 @@ class Machine(Hooked):
 
     def _changes(self, before: Mark) -> Changes:
         self._known = self.memory.mark([r for r in self._table_ranges() if r[1]])
-        return Changes(before, self._known, self.tables.fmt, self.registers())
+        return Changes(before, self._known, self.tables.fmt, self.registers(), self._known_tables)
 
 
 _NOTHING = Mark((), ())

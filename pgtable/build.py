@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgtable.bits import Flags, Words
+from pgtable.build_spans import Entries, Spans, whole_tables, write_run
 from pgtable.descriptors import CONTIGUOUS_RUN, LAST_LEVEL, Format, Granule, Kind
 from pgtable.memory import PhysicalMemory
 from pgtable.stage2 import CONCATENATED, SL0_OF_LEVEL
@@ -191,7 +192,7 @@ class TableBuilder:
         table = self.allocate()
         pa = self.fmt.leaf(slot.level)["OA"].get(word)
         attributes = word & ~self.fmt.leaf(slot.level).mask("OA", "TYPE")
-        self._write_run(table, 0, below, pa, self.granule.entries, attributes | self._type(below), contiguous=False)
+        write_run(self.memory, table, self.fmt, below, pa, self.granule.entries, attributes | self._type(below))
         self.memory.store(slot.pa, self._table_word(table))
 
     def slot(self, va: int, level: int | None = None) -> Slot:
@@ -248,13 +249,12 @@ class TableBuilder:
         return [level]
 
     def _pieces(self, va: int, pa: int, size: int, levels: list[int]) -> Iterator[tuple[int, int, int, int]]:
-        """Runs (level, va, pa, count) of equal entries in one table each, the largest that fit first."""
+        """Runs (level, va, pa, count) of entries of one level, the largest that fit first."""
         end = va + size
         while va < end:
             level = next(at for at in levels if self._fits(va, pa, end - va, at))
             unit = self.granule.level_size(level)
-            table_end = (va | (unit * self.granule.entries - 1)) + 1  # concatenated tables are filled one by one
-            stop = min(table_end, va + (end - va) // unit * unit, self._next_larger(va, pa, end, level, levels))
+            stop = min(va + (end - va) // unit * unit, self._next_larger(va, pa, end, level, levels))
             count = (stop - va) // unit
             yield level, va, pa, count
             va, pa = va + count * unit, pa + count * unit
@@ -273,24 +273,65 @@ class TableBuilder:
         mask = mask if self.fmt.stage2 and level == self.start_level else self.granule.entries - 1
         return (va - self.base) >> self.granule.level_shift(level) & mask
 
+    @property
+    def _spans(self) -> Spans:
+        return Spans(self.memory, self.fmt, self.root, self.start_level)
+
+    def _span(self, level: int, va: int, count: int) -> Entries:
+        return Entries((va - self.base) >> self.granule.level_shift(level), count)
+
     def _refuse_live(self, level: int, va: int, count: int) -> None:
         """Raises MapError if any of the `count` entries, or an entry above them, is a live mapping."""
-        table = self.root
-        for at in range(self.start_level, level):
-            word = self.memory.fetch(table + 8 * self._entry(va, at))
-            kind = self.fmt.kind(word, at)
-            if kind is Kind.BLOCK:
-                raise MapError(f"va {va:#x}: inside a live block at level {at} ({word:#018x}); split it first")
-            if kind is Kind.INVALID:
-                return
-            table = self.fmt.table(at)["TA"].get(word)
-        words = self.memory.words(table + 8 * self._entry(va, level), count)
-        live = np.flatnonzero(words & np.uint64(1))
-        if len(live):
-            first, word = int(live[0]), int(words[live[0]])
+
+        def found(at: int, entries: Entries, _: Words, words: Words) -> Words:
+            self._refuse_blocks(at, entries, words, va)
+            return words
+
+        span = self._span(level, va, count)
+        live = self._spans.live(level, span, self._spans.tables(level, span, found))
+        if live:
+            number, word = live
             kind = self.fmt.kind(word, level)
-            at_va = va + first * self.granule.level_size(level)
+            at_va = self.base + (number << self.granule.level_shift(level))
             raise MapError(f"va {at_va:#x}: overlaps a live {kind.name.lower()} at level {level} ({word:#018x})")
+
+    def _refuse_blocks(self, level: int, entries: Entries, words: Words, va: int) -> None:
+        """Raises MapError if one of the descriptors above a range from `va` on is a block."""
+        if level not in self.fmt.block_levels:
+            return
+        block = words & np.uint64(3) == 1
+        if block.any():
+            i = int(np.argmax(block))
+            va = max(va, self.base + (entries.first + i << self.granule.level_shift(level)))
+            raise MapError(f"va {va:#x}: inside a live block at level {level} ({int(words[i]):#018x}); split it first")
+
+    def _tables_made(self, level: int, span: Entries) -> Words:
+        """The PAs of the tables at `level` that entries `span` are in, made where they are not there."""
+        whole = whole_tables(level, span, self.granule.entries, self.start_level)
+
+        def found(at: int, _: Entries, slots: Words, words: Words) -> Words:
+            absent = np.flatnonzero(words & np.uint64(3) != 3)
+            if not len(absent):
+                return words
+            covered = (absent >= whole[0]) & (absent < whole[1]) if at == level - 1 else np.zeros(len(absent), bool)
+            tables = self._allocate_many(~covered)
+            words = words.copy()
+            words[absent] = self.fmt.table(at)["TA"].put(np.full(len(absent), self._table_word(0), np.uint64), tables)
+            self._spans.store(slots[absent], words[absent])
+            return words
+
+        return self._spans.tables(level, span, found)
+
+    def _allocate_many(self, to_zero: Flags) -> Words:
+        """Table pages from the pool, one for each flag, zeroed where it is set. Raises MapError, none taken."""
+        first, page = self.next_free, self.granule.page_size
+        end = first + len(to_zero) * page
+        if end > self.pool[0] + self.pool[1]:
+            raise MapError(f"no table page left in the pool at {self.pool[0]:#x}, {self.pool[1]:#x} bytes")
+        self.next_free = end
+        for i in np.flatnonzero(to_zero).tolist():
+            self.memory.words(first + i * page, page // 8)[:] = 0
+        return np.arange(first, end, page, dtype=np.uint64)
 
     def _table_at(self, va: int, level: int) -> int:
         """The PA of the table at `level` for `va`, made if it is not there."""
@@ -327,20 +368,16 @@ class TableBuilder:
         return leaf.pack(template, **fields) | self._type(level)
 
     def _fill(self, level: int, va: int, pa: int, count: int, word: int, contiguous: bool) -> None:
-        table = self._table_at(va, level)
-        self._write_run(table, self._entry(va, level), level, pa, count, word, contiguous)
+        span, unit = self._span(level, va, count), self.granule.level_size(level)
+        for slot, first, n in self._spans.runs(level, span, self._tables_made(level, span)):
+            self._write_run(slot, first, level, pa + (first - span.first) * unit, n, word, contiguous)
 
-    def _write_run(self, table: int, entry: int, level: int, pa: int, count: int, word: int, contiguous: bool) -> None:
-        """Writes `count` consecutive entries that map consecutive addresses."""
-        unit = self.granule.level_size(level)
-        oa = np.arange(count, dtype=np.uint64) * np.uint64(unit) + np.uint64(pa)
-        leaf = self.fmt.leaf(level)
-        words = leaf["OA"].put(np.full(count, word, np.uint64), oa)
+    def _write_run(self, slot: int, entry: int, level: int, pa: int, count: int, word: int, contiguous: bool) -> None:
+        """Writes `count` consecutive entries, from number `entry` at PA `slot` on, that map consecutive addresses."""
+        write_run(self.memory, slot, self.fmt, level, pa, count, word)
         if contiguous:
-            words |= np.where(
-                self._whole_runs(level, entry, pa, count), np.uint64(leaf.mask("Contiguous")), np.uint64(0)
-            )
-        self.memory.words(table + 8 * entry, count)[:] = words
+            mask = np.uint64(self.fmt.leaf(level).mask("Contiguous"))
+            self.memory.words(slot, count)[self._whole_runs(level, entry, pa, count)] |= mask
 
     def _whole_runs(self, level: int, entry: int, pa: int, count: int) -> Flags:
         """For each of `count` entries, whether it lies in an aligned run that is written whole."""

@@ -108,9 +108,11 @@ def difference(before: Mark, after: Mark) -> WordChanges:
         pas.append(where.astype(np.uint64) * np.uint64(8) + np.uint64(pa))
         olds.append(old[where])
         news.append(now[where])
-    joined = [_joined(part) for part in (pas, olds, news)]
-    order = np.argsort(joined[0], kind="stable")
-    return WordChanges(*(part[order] for part in joined))
+    found = WordChanges(*(_joined(part) for part in (pas, olds, news)))
+    if (found.pa[1:] >= found.pa[:-1]).all():
+        return found
+    order = np.argsort(found.pa, kind="stable")
+    return WordChanges(*(part[order] for part in found))
 
 
 _NONE = np.zeros(0, np.uint64)
@@ -408,4 +410,6 @@ def _gaps(numbers: npt.NDArray[np.int64], size: int) -> tuple[tuple[int, int], .
 
 
 def _joined(parts: list[Words]) -> Words:
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
