@@ -1,6 +1,6 @@
 """How long `translate_many` takes per address, beside a bare gather, a plain C walk and drgn, in one run.
 
-    python benchmarks/bulk.py [--addresses N] [--rounds R] [--maps WORD] [--json FILE]
+    python -m benchmarks.bulk [--addresses N] [--rounds R] [--maps WORD] [--json FILE]
 
 Contenders take turns, round after round; figures are medians over rounds, ratios the medians of each round's ratio, so
 that a change of the machine's speed hits all alike. The gather is N random reads of an array as large as the last-level
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.timing import in_turn, ratios, seconds
 from pgtable import Format, Granule, PhysicalMemory, Regime, Registers, WalkParams, translate_many
 from pgtable.registers import TCR_EL1
 
@@ -213,42 +214,35 @@ def drgn_walk(m: Map) -> Callable[[], float] | None:
     return seconds
 
 
-def timed(call: Callable[[], object], n: int) -> float:
-    """Nanoseconds per address of one call."""
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e9 / n
-
-
 def measured(m: Map, rounds: int, directory: str) -> dict[str, list[float]]:
     """Nanoseconds per address, by contender, round after round."""
     n = m.va.size
     place = (m.va % np.uint64(len(m.leaves))).view(np.int64)
     contenders: dict[str, Callable[[], float]] = {
-        "ours": lambda: timed(lambda: translate_many(m.memory, m.registers, m.va), n),
-        "gather": lambda: timed(lambda: np.take(m.leaves, place, mode="clip"), n),
+        "ours": lambda: per(lambda: translate_many(m.memory, m.registers, m.va), n),
+        "gather": lambda: per(lambda: np.take(m.leaves, place, mode="clip"), n),
     }
     if shutil.which("cc"):
         c_walk = CWalk(m, directory)
         found, (pa, ok) = translate_many(m.memory, m.registers, m.va), c_walk()
         assert np.array_equal(found.pa, pa), "not what the C walk finds"
         assert np.array_equal(found.ok, ok)
-        contenders["C"] = lambda: timed(c_walk, n)
+        contenders["C"] = lambda: per(c_walk, n)
     drgn_seconds = drgn_walk(m)
     if drgn_seconds:
         contenders["drgn"] = lambda: drgn_seconds() * 1e9
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            times[name].append(contender())
-    return times
+    return in_turn(contenders, rounds)
+
+
+def per(call: Callable[[], object], n: int) -> float:
+    """Nanoseconds per address of one call."""
+    return seconds(call) * 1e9 / n
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float | None:
     """The median of each round's ratio."""
-    if over not in times or under not in times:
-        return None
-    return median(a / b for a, b in zip(times[over], times[under], strict=True))
+    found = ratios(times, over, under)
+    return median(found) if found else None
 
 
 def line(name: str, times: dict[str, list[float]]) -> str:
