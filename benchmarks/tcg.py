@@ -46,7 +46,7 @@ def _command(program: str, folder: Path, calls: int) -> list[str]:
     machine = Machine.bare(ram=GIB + (256 << 20))
     plan, regs = machine.plan, machine.registers()
     code = machine.plan.code_pa
-    machine.user.map(code, code, plan.page_size, level=3, AF=1, UXN=1)
+    machine.user.map(code, code, plan.page_size, level=3, PXN=0)
     guest = guest_words()
     function = code + (len(guest) + 96 + 15 & -16)
     machine.memory.write(code, guest + _parameters(regs, plan.linear + (64 << 20), calls, function, plan.stack))

@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from pgtable.bits import Flags, Words
 
+# A dump may be larger than this host's memory: only what is read or written of it takes any (Linux mmap(2)).
+NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 PAGE = 4096  # RAM regions start and end at multiples of this: the smallest page that Unicorn maps
 
 
@@ -137,7 +139,7 @@ class PhysicalMemory:
             raise ValueError(f"{path}: {size} bytes is not a whole number of {PAGE}-byte pages")
         memory = cls()
         with open(path, "rb") as file:
-            memory._adopt(origin, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+            memory._adopt(origin, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | NO_RESERVE))
         return memory
 
     @classmethod
