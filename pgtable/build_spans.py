@@ -17,9 +17,10 @@ import numpy as np
 
 from pgtable.bits import Words
 from pgtable.descriptors import Format
-from pgtable.memory import PhysicalMemory
+from pgtable.memory import NoMemory, PhysicalMemory
 
 PIECE = 1 << 16  # descriptors that are written in one step: 512 KiB
+ABSENT = np.uint64(2**64 - 1)  # in place of a PA: there is no table
 PLAIN_BITS = 48  # an output address of so many bits stands in a descriptor as it is, in every format
 
 
@@ -43,7 +44,7 @@ class Spans:
         self.entries = fmt.granule.entries
 
     def tables(self, level: int, span: Entries, found: Callable[[int, Entries, Words, Words], Words]) -> Words:
-        """The PA of each table of `level` that entries `span` are in, 0 where there is none.
+        """The PA of each table of `level` that entries `span` are in, ABSENT where there is none.
 
         At each level above, `found(level, entries, slots, words)` says what the descriptors at the PAs `slots` are to
         be: it may refuse (raise), or give others in place of those that are no tables.
@@ -54,21 +55,27 @@ class Spans:
         tables = self.tables(level - 1, above, found)
         slots = self.slots(level - 1, above, tables)
         words = np.zeros(above.n, np.uint64)
-        there = slots != 0
-        words[there] = self.memory.gather(slots[there])[0]
+        there = slots != ABSENT
+        words[there] = self._read(slots[there])
         words = found(level - 1, above, slots, words)
         layout = self.fmt.table(level - 1)
         is_table = words & np.uint64(layout.mask("VALID", "TYPE")) == np.uint64(layout.mask("VALID", "TYPE"))
-        return np.where(is_table, layout["TA"].get(words), np.uint64(0))
+        return np.where(is_table, layout["TA"].get(words), ABSENT)
+
+    def _read(self, slots: Words) -> Words:
+        words, there = self.memory.gather(slots)
+        if not there.all():
+            raise NoMemory(int(slots[~there][0]))
+        return words
 
     def slots(self, level: int, span: Entries, tables: Words) -> Words:
-        """The PA of each descriptor of `span`, 0 in a table that is not there."""
+        """The PA of each descriptor of `span`, ABSENT in a table that is not there."""
         number = np.arange(span.first, span.first + span.n)
         if level == self.start_level:
             at_root: Words = number.astype(np.uint64) * np.uint64(8) + np.uint64(self.root)
             return at_root
         table = tables[number // self.entries - span.first // self.entries]
-        return np.where(table != 0, table + (number % self.entries).astype(np.uint64) * np.uint64(8), np.uint64(0))
+        return np.where(table != ABSENT, table + (number % self.entries).astype(np.uint64) * np.uint64(8), ABSENT)
 
     def runs(self, level: int, span: Entries, tables: Words) -> Iterator[tuple[int, int, int]]:
         """Descriptors of `span` that are consecutive in memory: (PA, first, count), none where there is no table."""
@@ -76,9 +83,12 @@ class Spans:
             yield self.root + 8 * span.first, span.first, span.n
             return
         size = np.uint64(8 * self.entries)
-        breaks = np.flatnonzero(np.append(True, tables[1:] != tables[:-1] + size))
+        apart = np.append(True, tables[1:] != tables[:-1] + size)
+        for region in self.memory.regions:  # words of two regions are not consecutive in this process
+            apart |= tables == np.uint64(region.base)
+        breaks = np.flatnonzero(apart)
         ends = np.append(breaks[1:], len(tables))
-        there = tables[breaks] != 0
+        there = tables[breaks] != ABSENT
         first_table, end = span.first // self.entries, span.first + span.n
         for i, j in zip(breaks[there].tolist(), ends[there].tolist(), strict=True):
             first, last = max((first_table + i) * self.entries, span.first), min((first_table + j) * self.entries, end)

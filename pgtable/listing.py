@@ -152,7 +152,8 @@ def listing(memory: TableMemory, regs: Registers, *, regime: Regime | None = Non
 
 def concatenated(parts: list[Runs]) -> Runs:
     """Rows of several lists, in VA order."""
-    columns = Runs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    some = [part for part in parts if len(part.va)] or parts[:1]
+    columns = some[0] if len(some) == 1 else Runs(*(np.concatenate(column) for column in zip(*some, strict=True)))
     if (columns.va[1:] >= columns.va[:-1]).all():
         return columns
     return columns.pick(np.argsort(columns.va, kind="stable"))
@@ -258,7 +259,9 @@ def half_runs(memory: TableMemory, tree: Tree[P], findings: list[Finding]) -> It
                 words = np.where(there[:, None], words, np.uint64(0))
             parts.append(_runs_in(tree.params, level, some, words, level in leaf_levels, findings))
         if any(len(part.va) for part in parts):
-            yield level, parts[0] if len(parts) == 1 else Found(*map(np.concatenate, zip(*parts, strict=True)))
+            found = parts[0] if len(parts) == 1 else Found(*map(np.concatenate, zip(*parts, strict=True)))
+            parts.clear()  # its rows are not held twice while more is found out about them
+            yield level, found
 
 
 def _runs_in(

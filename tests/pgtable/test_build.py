@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgtable import Access, Format, Granule, Kind, PhysicalMemory, Registers, Translation, translate
+from pgtable import Access, Format, Granule, Kind, PhysicalMemory, Registers, Translation, translate, translate_many
 from pgtable.build import MapError, TableBuilder
+from pgtable.leaves import leaves
 from pgtable.params import Regime
 from tests.pgtable.hand import PAGE_SHIFT, REGIME_EL, STRIDE, U64, leaf, tcr, tree
 
@@ -545,3 +546,45 @@ def test_a_table_is_zeroed_when_it_is_taken_from_the_pool() -> None:
     builder = TableBuilder(memory, (POOL, 0x10000))
     builder.map(0, 0x8000_0000, 0x1000)
     assert np.count_nonzero(memory.words(POOL, 4 * 512)) == 4
+
+
+def test_a_tree_may_have_its_root_and_tables_at_pa_0_and_in_two_regions() -> None:
+    memory = PhysicalMemory((0, 0x6000), (0x6000, 0x1_0000))
+    builder = TableBuilder(memory, (0, 0x1_6000), upper=True)
+    base = builder.base
+    for i in range(8):
+        builder.map(base + (i << 20), i << 30, 1 << 20, level=3)
+    regs = Shape("4K", 48, upper=True).regs(builder.root)
+    for i in range(8):
+        assert translate(memory, regs, base + (i << 20) + 0x1_2345).pa == (i << 30) + 0x1_2345
+    assert builder.used == (0, 7 * 0x1000)
+
+
+def test_a_table_that_is_not_in_ram_is_no_hole() -> None:
+    builder = Shape("4K", 48).builder()
+    builder.place(0, 2, 0x9000_0003)
+    before = builder.memory.read(*builder.pool)
+    with pytest.raises(LookupError, match="no memory at PA 0x90000008"):
+        builder.map(0x1000, 0x8000_0000, 0x1000, level=3)
+    assert builder.memory.read(*builder.pool) == before
+
+
+@pytest.mark.parametrize("pa", [0, 0xFFFF_FFFF_0000, 0x3_FFFF_FFF0_0000], ids=hex)
+def test_many_tables_at_once_are_those_that_page_after_page_makes(pa: int) -> None:
+    """3 GiB less a few pages, over holes, old tables and borders of level 1: every descriptor and every table."""
+    va, size = 0x3FFF_F000, (3 << 30) - 0x5000
+    fmt = Format(Granule.K4, ds=pa > 1 << 47)
+    shape = Shape("4K", 48, ds=fmt.ds)
+    memory = PhysicalMemory((POOL, 16 << 20))
+    builder = TableBuilder(memory, (POOL, 16 << 20), fmt=fmt)
+    memory.words(POOL + 0x1000, (16 << 17) - 512)[:] = 0xDEAD_BEEF_DEAD_BEEF  # what an earlier owner left
+    builder.map(va - 0x3000, 0x7000_0000, 0x1000, level=3)
+    builder.map(va + (1 << 30) + size, 0x7000_0000, 0x1000, level=3)
+    builder.map(va, pa, size, level=3, AP=2)
+    pages = np.arange(0, size, 0x1000, dtype=np.uint64)
+    found = translate_many(memory, shape.regs(builder.root), pages + np.uint64(va))
+    assert found.ok.all()
+    assert np.array_equal(found.pa, pages + np.uint64(pa))
+    listed = leaves(memory, shape.regs(builder.root))
+    assert len(listed.va) == len(pages) + 2
+    assert np.array_equal(np.sort(listed.slot), np.unique(listed.slot))
