@@ -3,6 +3,7 @@
 #   make test    the tests (PYTEST_MARK='full or not full' for everything)
 #   make check   format, lint, types, tests
 #   make docs    the documentation site, into build/site
+#   make bench   every bound of docs/performance.md, measured (BENCH='--quick' and other options)
 #   make clean   removes .venv and everything made; fetched kernels stay in the user's cache
 PYTHON ?= python3
 PYTEST_MARK ?= not full
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test check format lint types docs clean
+.PHONY: run test check format lint types docs bench clean
 
 run: $(VENV)/.run-installed
 	@$(BIN)/python -m emu.demo
@@ -27,9 +28,13 @@ lint: $(VENV)/.dev-installed
 types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases docs/_site
+	$(BIN)/mypy -p benchmarks
 
 docs: $(VENV)/.dev-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.bench-installed
+	$(BIN)/python -m benchmarks $(BENCH)
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff format .
@@ -48,6 +53,10 @@ $(VENV)/.run-installed: $(VENV)/bin/python pyproject.toml
 $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml
 	@$(PIP) install --only-binary :all: -e '.[dev]'
 	@touch $@ $(VENV)/.run-installed
+
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	@$(PIP) install --only-binary :all: -e '.[dev,bench]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-judge dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--only", choices=list(GROUPS), help="one group of rows")
     parser.add_argument("--rounds", type=int, help="how often each contender runs (default 11, --quick 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every figure")
+    parser.add_argument("--no-fetch", action="store_true", help="peers that are not there are not fetched")
     parser.add_argument("--kernel", default="debian:6.12", help="whose set_memory_valid runs")
     parser.add_argument("--qemu", default="qemu-system-aarch64", help="the QEMU that runs the same work")
     for peer in PEERS:
@@ -53,7 +54,7 @@ def main() -> int:
         folder = getattr(given, peer.replace("-", "_"))
         if folder and not folder.is_dir():
             parser.error(f"--{peer} {folder}: no such folder")
-        _obtain(bench, peer, folder)
+        _obtain(bench, peer, folder, fetch=not (given.quick or given.no_fetch))
     if not shutil.which("cc"):
         bench.missing["C"] = "no C compiler (cc)"
     rows = []
@@ -87,9 +88,10 @@ def summary(rows: list[Row], bench: Bench) -> Iterable[str]:
     """What was met, and what was not to be had."""
     bounded = [row for row in rows if row.met is not None]
     missed = [row.name for row in bounded if not row.met]
-    yield f"{len(bounded) - len(missed)} of {len(bounded)} bounds met" + (
-        f"; missed: {'; '.join(missed)}" * bool(missed)
-    )
+    if bounded:
+        yield f"{len(bounded) - len(missed)} of {len(bounded)} bounds met"
+    for name in missed:
+        yield f"missed: {name}"
     for name, reason in bench.missing.items():
         yield f"not available: {name}: {reason}"
     if bench.quick:
@@ -126,10 +128,10 @@ def document(rows: list[Row], bench: Bench) -> dict[str, Any]:
     }
 
 
-def _obtain(bench: Bench, peer: str, folder: Path | None) -> None:
+def _obtain(bench: Bench, peer: str, folder: Path | None, *, fetch: bool) -> None:
     """A checkout of a peer: the one given, the one in the cache, or a new one there."""
     kept = user_cache_path("pgtable") / "peers" / peer
-    if folder is None and not kept.is_dir() and not bench.quick:
+    if folder is None and not kept.is_dir() and fetch:
         kept.parent.mkdir(parents=True, exist_ok=True)
         try:
             line = ["git", "clone", "--quiet", "--depth", "1", PEERS[peer], str(kept)]
@@ -145,7 +147,7 @@ def _obtain(bench: Bench, peer: str, folder: Path | None) -> None:
     if found.is_dir():
         bench.peers[peer] = found
     else:
-        bench.missing[peer] = f"not fetched with --quick; pass --{peer} FOLDER"
+        bench.missing[peer] = f"not fetched (--quick, --no-fetch); pass --{peer} FOLDER"
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def drgn_walk(m: Map) -> Callable[[], float] | None:
     region = m.memory.regions[0]
     raw = memoryview(region.buffer)
     program.add_memory_segment(BASE, region.size, lambda _, n, at, __: raw[at : at + n], physical=True)
-    follow: Callable[[Any, int, int], int] = mm._linux_helper_follow_phys
+    follow: Callable[[Any, int, int], int] = mm._linux_helper_follow_phys  # type: ignore[attr-defined]
     assert [follow(program, top, va) for va in vas] == few.pa.tolist()
 
     def seconds() -> float:

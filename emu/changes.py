@@ -89,7 +89,7 @@ class Changes(Sequence[Change]):
     @cached_property
     def _columns(self) -> tuple[Words, Words, Words, Words, Levels]:
         pa, old, new = difference(self._before, self._after)
-        va, level = _places(pa, self.fmt, self._tables if len(pa) else None)
+        va, level = self._places(pa)
         columns = (pa, old, new, va, level)
         if self._before.ranges == self._after.ranges:
             return columns
@@ -153,12 +153,13 @@ class Changes(Sequence[Change]):
         pa, n, old, new = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.argsort(pa, kind="stable")
         pa, n, old, new = pa[order], n[order], old[order], new[order]
-        va, level = _places(pa, self.fmt, self._tables if len(pa) else None)
+        va, level = self._places(pa)
         return pa, n, old, new, level, va
 
-    @cached_property
-    def _tables(self) -> Tables | None:
-        return self._known.tables(self._after, self._regs) if self._regs else None
+    def _places(self, pa: Words) -> tuple[Words, Levels]:
+        if not self._regs or not len(pa):
+            return np.zeros(len(pa), np.uint64), np.full(len(pa), self.UNREACHED, np.int8)
+        return self._known.places(self._after, self._regs).of(pa)
 
     def __len__(self) -> int:
         return len(self.pa)
@@ -186,23 +187,23 @@ class Changes(Sequence[Change]):
         return f"<{len(self)} changed descriptors>"
 
 
-PIECE = 1 << 15  # words that are compared in one step: what is made of them stays in the processor's cache
+PIECE = 1 << 16  # words that are compared in one step: what is made of them stays in the processor's cache
 
 
 def _equal_flips(before: Words, after: Words, entries: int) -> tuple[Index, Words]:
     """Where words differ: the starts of equal differences, each in one table page, and how many there are."""
     flips, breaks = np.empty(PIECE, np.uint64), np.empty(PIECE, np.bool_)
-    starts, counts = [np.zeros(0, np.intp)], [np.zeros(0, np.uint64)]
+    parts = []
     for at in range(0, len(before), PIECE):  # a whole number of table pages
         n = min(PIECE, len(before) - at)
         np.bitwise_xor(before[at : at + n], after[at : at + n], out=flips[:n])
         np.not_equal(flips[1:n], flips[: n - 1], out=breaks[1:n])
         breaks[:n:entries] = True
-        first = np.flatnonzero(breaks[:n])
-        changed = flips[first] != 0
-        starts.append(first[changed] + at)
-        counts.append(np.diff(np.append(first, n))[changed].astype(np.uint64))
-    return np.concatenate(starts), np.concatenate(counts)
+        parts.append(np.flatnonzero(breaks[:n]) + at)
+    starts = np.concatenate([*parts, np.array([len(before)])])
+    first, counts = starts[:-1], np.diff(starts).view(np.uint64)
+    changed = before[first] != after[first]
+    return first[changed], counts[changed]
 
 
 class _MarkMemory:
@@ -234,45 +235,50 @@ class _MarkMemory:
         return words, there[:, 0]
 
 
+class Places:
+    """VA and level of any descriptor, by the table page that it is in; a page that is a table twice: its last place."""
+
+    def __init__(self, fmt: Format, tables: Tables) -> None:
+        order = np.argsort(tables.pa, kind="stable")
+        starts = tables.pa[order]
+        last = np.append(starts[1:] != starts[:-1], True)[: len(starts)]
+        self._starts, self._ends = starts[last], starts[last] + np.uint64(fmt.granule.page_size)
+        self._va, self._level = tables.va[order][last], tables.level[order][last]
+        self._size = _sizes(fmt)[self._level + 1]
+
+    def of(self, pa: Words) -> tuple[Words, Levels]:
+        """Of the descriptors at `pa` (ascending); level UNREACHED where no tree has a table."""
+        va, level = np.zeros(len(pa), np.uint64), np.full(len(pa), Changes.UNREACHED, np.int8)
+        first, end = np.searchsorted(pa, self._starts), np.searchsorted(pa, self._ends)
+        counts = end - first
+        inside = _ranges(first, counts)
+        level[inside] = np.repeat(self._level, counts)
+        entry = pa[inside] - np.repeat(self._starts, counts) >> np.uint64(3)
+        va[inside] = np.repeat(self._va, counts) + entry * np.repeat(self._size, counts)
+        return va, level
+
+
 class KnownTables:
     """Where the tables of a tree are, looked up again only when a descriptor above the last level has changed."""
 
     def __init__(self, fmt: Format) -> None:
-        self._offsets = np.arange(0, fmt.granule.page_size, 8, dtype=np.uint64)
+        self._fmt = fmt
         self._key: tuple[Registers, tuple[tuple[int, int], ...]] | None = None
-        self._slots = self._words = np.zeros(0, np.uint64)
-        self._found = NO_TABLES
+        self._places = Places(fmt, NO_TABLES)
+        self._above: list[tuple[int, Words]] = []
 
-    def tables(self, mark: Mark, regs: Registers) -> Tables:
-        """The table pages of the tree as it was when `mark` was made, those that it has copies of."""
+    def places(self, mark: Mark, regs: Registers) -> Places:
+        """Of the tree as it was when `mark` was made, the tables that it has copies of."""
         memory = _MarkMemory(mark)
-        if self._key != (regs, mark.ranges) or not np.array_equal(memory.gather(self._slots)[0], self._words):
-            self._found = found = tables_of(memory, regs)
-            above = found.pa[(found.level < LAST_LEVEL) & found.there]
-            self._slots = (above[:, None] + self._offsets).reshape(-1)
-            self._words = memory.gather(self._slots)[0]
+        if self._key != (regs, mark.ranges) or any(
+            (memory.words(pa, len(old)) != old).any() for pa, old in self._above
+        ):
+            found = tables_of(memory, regs)
+            pages: list[int] = np.unique(found.pa[(found.level < LAST_LEVEL) & found.there]).tolist()
+            self._above = [(pa, memory.words(pa, self._fmt.granule.entries).copy()) for pa in pages]
+            self._places = Places(self._fmt, found)
             self._key = regs, mark.ranges
-        return self._found
-
-
-def _places(pa: Words, fmt: Format, tables: Tables | None) -> tuple[Words, Levels]:
-    """VA and level of the descriptors at `pa` (ascending), found through the table pages they are in."""
-    page = fmt.granule.page_size
-    va = np.zeros(len(pa), np.uint64)
-    level = np.full(len(pa), Changes.UNREACHED, np.int8)
-    if tables is None or not len(tables.pa) or not len(pa):
-        return va, level
-    order = np.argsort(tables.pa, kind="stable")
-    starts = tables.pa[order]
-    last = np.append(starts[1:] != starts[:-1], True)  # a page that is a table twice: its last place
-    order, starts = order[last], starts[last]
-    first, end = np.searchsorted(pa, starts), np.searchsorted(pa, starts + np.uint64(page))
-    table = np.repeat(order, end - first)
-    inside = _ranges(first, end)
-    found = tables.level[table]
-    level[inside] = found
-    va[inside] = tables.va[table] + (pa[inside] - tables.pa[table] >> np.uint64(3)) * _sizes(fmt)[found + 1]
-    return va, level
+        return self._places
 
 
 def _sizes(fmt: Format) -> Words:
@@ -280,8 +286,7 @@ def _sizes(fmt: Format) -> Words:
     return np.array([fmt.granule.level_size(at) & (1 << 64) - 1 for at in range(-1, LAST_LEVEL + 1)], np.uint64)
 
 
-def _ranges(first: Index, end: Index) -> Index:
-    """The numbers of [first[i], end[i]), one range after the other."""
-    n = end - first
-    numbers: Index = np.arange(int(n.sum())) + np.repeat(first - np.append(0, np.cumsum(n)[:-1]), n)
+def _ranges(first: Index, counts: Index) -> Index:
+    """The numbers from first[i] on, counts[i] of them, one range after the other."""
+    numbers: Index = np.arange(int(counts.sum())) + np.repeat(first - np.append(0, np.cumsum(counts)[:-1]), counts)
     return numbers

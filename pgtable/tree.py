@@ -26,7 +26,7 @@ from pgtable.registers import Registers
 from pgtable.table_params import TableParams
 
 MAX_REPEATED = 1 << 20  # bytes of tables that were visited before that a level may always have
-CHUNK = 512  # tables that are read at a time
+CHUNK = 256  # tables that are read at a time
 ROOT = (1 << 64) - 1  # the slot of a root: no descriptor refers to it
 
 P = TypeVar("P", bound=TableParams)

@@ -146,3 +146,79 @@ def test_the_comparison_is_made_when_it_is_asked_for_and_keeps() -> None:
     changes = between(m, before)
     m.tables.protect(m.plan.spare, 2 * m.plan.page_size, AP=3)
     assert [c.fields["AP"] for c in changes] == [(0, 2)]
+
+
+def grouped(changes: Changes, m: Machine) -> list[tuple[int | None, int | None, int, int, int]]:
+    """Runs by the words: (va, level, pa, n, flips)."""
+    found: list[tuple[int | None, int | None, int, int, int]] = []
+    for c in changes:
+        flips = c.old ^ c.new
+        if found:
+            va, level, pa, n, same = found[-1]
+            size = 0 if level is None else m.tables.granule.level_size(level)
+            if pa + 8 * n == c.pa and same == flips and level == c.level and (va is None or c.va == va + n * size):
+                found[-1] = (va, level, pa, n + 1, flips)
+                continue
+        found.append((c.va, c.level, c.pa, 1, flips))
+    return found
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_runs_are_the_changes_joined(name: str, rng: random.Random) -> None:
+    """Judge: the changes one by one. Stretches over the borders of table pages, neighbours with other flips, tables."""
+    m = MACHINES[name]()
+    slots = [m.tables.slot(m.plan.linear + i * m.plan.page_size).pa for i in range(len_of_linear(m))]
+    per_table = m.plan.page_size // 8
+    before = mark(m)
+    for _ in range(12):
+        first = rng.choice([rng.randrange(len(slots)), per_table - 2, 2 * per_table - 1])
+        flip = 1 << rng.choice((0, 6, 7, 54))
+        for pa in slots[first : first + rng.choice((1, 2, 40, 2 * per_table))]:
+            m.memory.store(pa, m.memory.fetch(pa) ^ flip)
+    m.memory.store(m.tables.root, 0x1234_5670)  # a word that is no leaf
+    m.memory.store(m.tables.used[0] + m.tables.used[1] - 8, 8)
+    changes = between(m, before)
+    runs = [(r.va, r.level, r.pa, r.n, r.flips) for r in changes.runs]
+    assert runs == grouped(changes, m)
+    assert [(r.old, r.new) for r in changes.runs] == [(m_old(before, r.pa), m.memory.fetch(r.pa)) for r in changes.runs]
+    assert sum(r.n for r in changes.runs) == len(changes) > 0
+
+
+def m_old(before: Mark, pa: int) -> int:
+    return next(
+        int(words[(pa - base) // 8])
+        for (base, n), words in zip(before.ranges, before.copies, strict=True)
+        if base <= pa < base + 8 * n
+    )
+
+
+def test_neighbouring_table_pages_whose_vas_do_not_go_on_are_two_runs() -> None:
+    m = Machine.bare()
+    va = m.plan.linear + (1 << 41)
+    last = m.tables.place(va + (511 << 12), 3, 0x703).pa
+    first = m.tables.place(va + (2 << 20), 3, 0x703).pa
+    assert first == last + 8
+    slots = [m.tables.slot(at, 2).pa for at in (va, va + (2 << 20))]
+    words = [m.memory.fetch(pa) for pa in slots]
+    for pa, word in zip(slots, reversed(words), strict=True):  # each table translates the other's 2 MiB
+        m.memory.store(pa, word)
+    before = mark(m)
+    for pa in (last, first):
+        m.memory.store(pa, 0x702)
+    assert [(r.va, r.n) for r in between(m, before).runs] == [(va + (2 << 20) + (511 << 12), 1), (va, 1)]
+
+
+def test_a_table_that_moved_between_two_calls_is_looked_up_again() -> None:
+    """What is kept of the tree is dropped when a descriptor above the last level is another one."""
+    m = Machine.bare()
+    code = b"".join(word.to_bytes(4, "little") for word in (0xF9000020,))  # str x0, [x1]
+    va = m.plan.linear + (1 << 41)
+    leaf = m.tables.place(va, 3, 0x703)
+    level2 = m.tables.slot(va, 2)
+    linear = m.plan.linear_va(leaf.pa)
+    (change,) = m.run(code, 0x702, linear).ok().changes
+    assert change.va == va
+    m.memory.store(level2.pa + 8, m.memory.fetch(level2.pa))  # the table now translates the next 2 MiB as well
+    m.memory.store(level2.pa, 0)
+    result = m.run(code, 0x703, linear).ok()
+    assert [c.va for c in result.changes] == [r.va for r in result.changes.runs] == [va + (2 << 20)]
