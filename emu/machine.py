@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Self
+from dataclasses import replace
+from typing import NamedTuple, Self
 
 from emu import coldboot, engine
 from emu.calls import TIMEOUT, Budget, CallResult, State, Warn
@@ -27,7 +28,7 @@ from emu.image import KernelImage
 from emu.mmu import LATER
 from emu.tracing import Trace
 from pgtable import CPUS, Features, Granule, Registers
-from pgtable.memory import Mark
+from pgtable.memory import Mark, Pages
 
 __all__ = ["TIMEOUT", "CallResult", "Machine", "State", "Warn"]
 
@@ -75,12 +76,13 @@ class Machine(Hooked):
         image = KernelImage.load(image) if isinstance(image, str) else image
         features = _features(mmu, cpu, vectors)
         cold = coldboot.template(image, ram=ram, va_bits=va_bits, ng=ng, features=features or coldboot.UNICORN)
-        if cold not in _STRUCT_PAGES:
-            _STRUCT_PAGES[cold] = _struct_pages(cls(cold.thaw(), image, features=features))
         made = cold.thaw()
-        first = _STRUCT_PAGES[cold]
-        mapped = made if first is None else coldboot.map_struct_pages(made, first)
-        machine = cls(mapped, image, features=features, vectors=vectors)
+        if cold not in _STRUCT_PAGES:
+            _STRUCT_PAGES[cold] = _struct_pages(cls(cold.thaw(), image, features=features), made)
+        if found := _STRUCT_PAGES[cold]:
+            made.memory.rewind(found.tables)
+            made = replace(made, struct_pages=found.first)
+        machine = cls(made, image, features=features, vectors=vectors)
         return machine.attach(trace)
 
     @classmethod
@@ -349,12 +351,19 @@ def _features(mmu: str, cpu: str | None, vectors: bool | None) -> Features | Non
     return CPUS[cpu or "max"]
 
 
-# Where each cold kernel of this process has its struct pages.
-_STRUCT_PAGES: weakref.WeakKeyDictionary[coldboot.Template, int | None] = weakref.WeakKeyDictionary()
+class _StructPages(NamedTuple):
+    """The VA of the struct page of the first page of RAM, and the pages that differ once struct pages are mapped."""
+
+    first: int
+    tables: Pages
 
 
-def _struct_pages(machine: Machine) -> int | None:
-    """The VA of the struct page of the first page of RAM; None for an image that cannot say.
+# Of each cold kernel of this process; None for an image that cannot say.
+_STRUCT_PAGES: weakref.WeakKeyDictionary[coldboot.Template, _StructPages | None] = weakref.WeakKeyDictionary()
+
+
+def _struct_pages(machine: Machine, made: coldboot.SetUp) -> _StructPages | None:
+    """Where struct pages are; they are mapped in `made`, whose memory was not written before.
 
     It depends on the version, the VA bits and memstart_addr: the compiled vmalloc_to_page is asked, not a formula.
     """
@@ -364,4 +373,6 @@ def _struct_pages(machine: Machine) -> int | None:
     result = machine.call("vmalloc_to_page", plan.window)
     if result.stop or not result.value:
         return None
-    return result.value - (plan.window_pa - plan.ram[0]) // plan.page_size * coldboot.STRUCT_PAGE
+    first = result.value - (plan.window_pa - plan.ram[0]) // plan.page_size * coldboot.STRUCT_PAGE
+    coldboot.map_struct_pages(made, first)
+    return _StructPages(first, made.memory.written())
