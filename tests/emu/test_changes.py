@@ -208,6 +208,20 @@ def test_neighbouring_table_pages_whose_vas_do_not_go_on_are_two_runs() -> None:
     assert [(r.va, r.n) for r in between(m, before).runs] == [(va + (2 << 20) + (511 << 12), 1), (va, 1)]
 
 
+def test_neighbouring_table_pages_of_different_levels_are_two_runs() -> None:
+    m = Machine.bare()
+    va = m.plan.linear + (1 << 41)
+    m.tables.place(va + (1 << 30), 2, 0)
+    last = m.tables.place(va + (511 << 21), 2, 0x701).pa
+    first = m.tables.place(va + (1 << 30), 3, 0x703).pa
+    assert first == last + 8
+    before = mark(m)
+    for pa in (last, first):
+        m.memory.store(pa, m.memory.fetch(pa) ^ 1 << 11)
+    runs = [(r.va, r.level, r.n) for r in between(m, before).runs]
+    assert runs == [(va + (511 << 21), 2, 1), (va + (1 << 30), 3, 1)]
+
+
 def test_a_table_that_moved_between_two_calls_is_looked_up_again() -> None:
     """What is kept of the tree is dropped when a descriptor above the last level is another one."""
     m = Machine.bare()

@@ -560,11 +560,20 @@ def test_a_tree_may_have_its_root_and_tables_at_pa_0_and_in_two_regions() -> Non
     assert builder.used == (0, 7 * 0x1000)
 
 
-def test_a_table_that_is_not_in_ram_is_no_hole() -> None:
+def test_one_call_may_fill_tables_of_two_regions() -> None:
+    memory = PhysicalMemory((0, 0x5000), (0x5000, 0x1_0000))
+    builder = TableBuilder(memory, (0, 0x1_5000))
+    builder.map(0, 1 << 40, 16 << 20, level=3)  # its tables are at 0x3000 to 0xb000
+    found = translate_many(memory, Shape("4K", 48).regs(0), np.arange(0, 16 << 20, 0x1000, dtype=np.uint64))
+    assert np.array_equal(found.pa, np.arange(1 << 40, (1 << 40) + (16 << 20), 0x1000, dtype=np.uint64))
+
+
+@pytest.mark.parametrize(("level", "missing"), [(1, "0x90000000"), (2, "0x90000008")])
+def test_a_table_that_is_not_in_ram_is_no_hole(level: int, missing: str) -> None:
     builder = Shape("4K", 48).builder()
-    builder.place(0, 2, 0x9000_0003)
+    builder.place(0, level, 0x9000_0003)
     before = builder.memory.read(*builder.pool)
-    with pytest.raises(LookupError, match="no memory at PA 0x90000008"):
+    with pytest.raises(LookupError, match=f"no memory at PA {missing}$"):
         builder.map(0x1000, 0x8000_0000, 0x1000, level=3)
     assert builder.memory.read(*builder.pool) == before
 
