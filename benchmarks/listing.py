@@ -82,7 +82,7 @@ def tree(size: int, run: int) -> tuple[PhysicalMemory, TableBuilder]:
 def move(words: Words, by: int) -> None:
     """Table descriptors (those without AF) after the tables have been moved `by` bytes."""
     tables = words & np.uint64(1 << 10 | 3) == np.uint64(3)
-    words[tables] += np.uint64(by)
+    words[tables] += np.uint64(by & (1 << 64) - 1)  # it may be downwards
 
 
 def plain(c: ctypes.CDLL, memory: PhysicalMemory, root: int, rows: Words) -> int:

@@ -336,6 +336,7 @@ finally:
 def footprint(bench: Bench) -> Iterator[Row]:
     """Resident memory of a process that lists a dump file, beside the tables that it must read."""
     sizes = [("linear", 0, 4 * GIB if bench.quick else 64 * GIB), ("runs of 16 pages", 16, 4 * GIB)]
+    sizes.append(("scattered", 1, GIB if bench.quick else 4 * GIB))
     for name, run, size in sizes:
         grown, tables = listed(size, run)
         times = {"ours": [grown / (1 << 20)], "tables": [tables / (1 << 20)]}
