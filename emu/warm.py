@@ -77,8 +77,9 @@ class LiveTree(TableBuilder):
 
     def allocate(self, size: int | None = None) -> int:
         """The root, for the constructor; raises MapError for another page."""
-        if not hasattr(self, "root"):
-            return self._found
+        return super().allocate(size) if hasattr(self, "root") else self._found
+
+    def _take(self, size: int) -> int:
         raise MapError("the tables of a booted kernel are its own: vmalloc() and vmap() map pages")
 
 

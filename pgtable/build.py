@@ -132,11 +132,17 @@ class TableBuilder:
 
     def allocate(self, size: int | None = None) -> int:
         """A zeroed table page (or `size` bytes) from the pool; raises MapError when there is none."""
-        pa, size = self.next_free, size or self.granule.page_size
+        size = size or self.granule.page_size
+        pa = self._take(size)
+        self.memory.words(pa, size // 8)[:] = 0
+        return pa
+
+    def _take(self, size: int) -> int:
+        """The PA of `size` bytes from the pool, with what was in them; raises MapError when there are not so many."""
+        pa = self.next_free
         if pa + size > self.pool[0] + self.pool[1]:
             raise MapError(f"no table page left in the pool at {self.pool[0]:#x}, {self.pool[1]:#x} bytes")
         self.next_free = pa + size
-        self.memory.words(pa, size // 8)[:] = 0
         return pa
 
     def map(
@@ -324,14 +330,11 @@ class TableBuilder:
 
     def _allocate_many(self, to_zero: Flags) -> Words:
         """Table pages from the pool, one for each flag, zeroed where it is set. Raises MapError, none taken."""
-        first, page = self.next_free, self.granule.page_size
-        end = first + len(to_zero) * page
-        if end > self.pool[0] + self.pool[1]:
-            raise MapError(f"no table page left in the pool at {self.pool[0]:#x}, {self.pool[1]:#x} bytes")
-        self.next_free = end
+        page = self.granule.page_size
+        first = self._take(len(to_zero) * page)
         for i in np.flatnonzero(to_zero).tolist():
             self.memory.words(first + i * page, page // 8)[:] = 0
-        return np.arange(first, end, page, dtype=np.uint64)
+        return np.arange(first, first + len(to_zero) * page, page, dtype=np.uint64)
 
     def _table_at(self, va: int, level: int) -> int:
         """The PA of the table at `level` for `va`, made if it is not there."""
